@@ -1,0 +1,62 @@
+"""Chat templates: how a conversation becomes text, and where a turn of the assistant ends in it.
+
+Training labels and serving stops both come from here, so that a model learns to end its turn with the token at which
+the engine stops.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from plugins.types import Message
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers fast tokenizer that this project relies on."""
+
+    chat_template: str | None
+    eos_token_id: int | None
+    eos_token: str | None
+    bos_token_id: int | None
+    all_special_ids: list[int]
+
+    def __call__(self, text: str, **options: Any) -> Any: ...
+    def decode(self, token_ids: Any, **options: Any) -> str: ...
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+# For a base whose tokenizer has none; finetuning saves it with the run, and serving reads it from there.
+PLAIN = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}Assistant: {{ message['content'] }}{{ eos_token }}\n"
+    "{% else %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def conversation_text(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = False, template: str | None = None
+) -> str:
+    """The conversation in the template's words, special tokens included; `ask` opens the assistant's next turn.
+
+    `template` replaces the tokenizer's own. Raises what the template raises (jinja2.TemplateError) on roles that it refuses.
+    """
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    text: str = tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=ask, chat_template=template or tokenizer.chat_template
+    )
+    return text
+
+
+def end_of_turn(tokenizer: Tokenizer, template: str | None = None) -> int | None:
+    """The id of the token that closes an assistant's turn: the first special token that the template puts after it.
+
+    Often eos, but not always: a ChatML model may have eos <|endoftext|> and end its turns with <|im_end|>. None where
+    the template closes a turn with plain text only; then eos has to be appended.
+    """
+    probe = "probe"
+    text = conversation_text(tokenizer, [Message("user", "hi"), Message("assistant", probe)], template=template)
+    after = text[text.rindex(probe) + len(probe) :]
+    ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    return next((token for token in ids if token in special), None)

@@ -1,0 +1,128 @@
+"""The values that finetuning, serving, the plug-ins and the web page hand to each other."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from plugins.spec import NOT_EMPTY, UserError, short_spec
+
+Row = Mapping[str, Any]
+FinishReason = Literal["stop", "length"]
+
+
+@short_spec
+class ModelSource:
+    """A base model: a directory, or a hub id with an optional revision (branch, tag or commit).
+
+    `dtype` is what it computes in. "auto" is bf16 where the processor multiplies bf16 natively, else fp32.
+    """
+
+    path: Annotated[str, NOT_EMPTY]
+    revision: str | None = None
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    trust_remote_code: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `path` means a directory: it is one, or it is written as one (starts with / . or ~)."""
+        return self.path.startswith(("/", ".", "~")) or Path(self.path).exists() or self.path.count("/") > 1
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row. `labels` has the length of `input_ids`; IGNORE where there is no loss."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+IGNORE = -100  # the index that torch's cross entropy leaves out
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """One request for text, whole and immutable: nothing else about a request is kept anywhere.
+
+    `prompt` is text, token ids, or messages for the chat template. `max_tokens` None means up to the engine's length.
+    """
+
+    prompt: str | tuple[int, ...] | tuple[Message, ...]
+    adapter: str | None = None
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text of an answer. The last one carries the reason for the end; counts are of the answer so far."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: FinishReason | None = None
+
+
+class RequestError(UserError):
+    """A request that the engine cannot serve as asked (too long, say). `param` is the field at fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self.message, self.param = message, param
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunManifest:
+    """run.json of a finished run: the contract between training, serving and the web page.
+
+    It is written last; a run directory without it is unfinished.
+    """
+
+    name: str
+    base: str
+    revision: str | None
+    method: Literal["lora", "full"]
+    created: str  # ISO 8601, UTC
+    seconds: float
+    steps: int
+    metrics: dict[str, float]
+    overrides: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    FILE: ClassVar[str] = "run.json"
+
+    @classmethod
+    def read(cls, run: Path) -> "RunManifest | None":
+        """The manifest of run directory `run`; None where the run is unfinished. Keys of later versions are ignored."""
+        try:
+            found = json.loads((run / cls.FILE).read_text())
+        except FileNotFoundError:
+            return None
+        except (json.JSONDecodeError, NotADirectoryError) as error:
+            raise UserError(f"{run / cls.FILE} is damaged: {error}") from error
+        return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
+
+    def write(self, run: Path) -> None:
+        """Write run.json into `run`, whole or not at all."""
+        partial = run / f".{self.FILE}.partial"
+        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        partial.replace(run / self.FILE)
+
+    def weights(self, run: Path) -> Path:
+        """Where the trained weights lie: `adapter/` (PEFT's format) or `model/`."""
+        return run / ("adapter" if self.method == "lora" else "model")
