@@ -1,0 +1,180 @@
+"""The driver's side of a run: a config -> Ray Train -> a finished run directory."""
+
+import functools
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from finetune import preflight
+from finetune.config import FinetuneConfig, Lora
+from finetune.export import export, versions
+from finetune.worker import run_rank
+from plugins import cluster
+from plugins.runs import CHECKPOINTS, CONFIG, METRICS, drop_metrics_from, read_metrics
+from plugins.spec import UserError, plain, render
+from plugins.types import RunManifest
+
+log = logging.getLogger(__name__)
+
+
+def finetune(config: FinetuneConfig, *, config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
+    """Run `config` to its end on the Ray cluster that runs here, or on one started for it; returns the run directory.
+
+    `config_file` and `overrides` are kept with the run. Raises UserError before anything starts, for whatever is wrong
+    with the config, the rows, the model or the size of the cluster.
+    """
+    ready = preflight.check(config, cluster.output_root())
+    _say(ready)
+    with _ray():
+        preflight.check_cluster(ready, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        _begin(ready, config, config_file)
+        started = time.monotonic()
+        with _progress(ready.directory):
+            result = _fit(ready)
+        manifest = RunManifest(
+            name=config.name,
+            base=config.model.path if cluster.in_ray_job() else ready.config.model.path,
+            revision=config.model.revision,
+            method="lora" if isinstance(config.method, Lora) else "full",
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - started, 1),
+            steps=ready.steps,
+            metrics={name: value for name, value in (result.metrics or {}).items() if isinstance(value, int | float)},
+            overrides=list(overrides),
+            config=plain(config),
+            versions=versions(),
+        )
+        assert result.checkpoint is not None  # the last step always saves
+        with result.checkpoint.as_directory() as saved:
+            export(ready.directory, Path(saved), ready.tokenizer, manifest)
+    log.info("run %s is finished: %s", config.name, ready.directory)
+    return ready.directory
+
+
+def _say(ready: preflight.Ready) -> None:
+    rows, config = ready.rows, ready.config
+    log.info(
+        "run %s: %d rows to learn from, %d held out; %d of %d weights trained; %d steps on %d worker%s",
+        config.name, len(rows.train), len(rows.held_out), ready.trained_weights, ready.weights,
+        ready.steps, config.scaling.workers, "s" * (config.scaling.workers > 1),
+    )  # fmt: skip
+    if rows.cut or rows.left_out:
+        log.info("%d rows were cut to %d tokens, %d left out", rows.cut, config.data.max_length, rows.left_out)
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    """A connection to Ray: what is connected stays so, a cluster that had to be started is stopped again."""
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(**cluster.init_options())
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _begin(ready: preflight.Ready, config: FinetuneConfig, config_file: Path | None) -> None:
+    """The run directory as the run finds it: empty, or as an unfinished run of the same name left it."""
+    if not config.checkpoint.resume:
+        shutil.rmtree(ready.directory)
+        ready.directory.mkdir()
+    text = config_file.read_text() if config_file else f"from finetune import *\n\nconfig = {render(config)}\n"
+    (ready.directory / CONFIG).write_text(text)
+    if (ready.directory / CHECKPOINTS).exists():
+        log.info("going on where run %s stopped", config.name)
+
+
+def _fit(ready: preflight.Ready) -> Result:
+    config, scaling = ready.config, ready.config.scaling
+    trainer = TorchTrainer(
+        functools.partial(run_rank, config, ray.put(ready.rows)),
+        torch_config=TorchConfig(backend="nccl" if scaling.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=scaling.workers,
+            use_gpu=scaling.gpus > 0,
+            resources_per_worker={"CPU": scaling.cpus} | ({"GPU": scaling.gpus} if scaling.gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=CHECKPOINTS,
+            storage_path=str(ready.directory),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            # Ray's own limits are none: what cannot work would be tried for ever.
+            failure_config=FailureConfig(max_failures=1, controller_failure_limit=1),
+            callbacks=[MetricsFile(str(ready.directory))],
+        ),
+    )
+    try:
+        return trainer.fit()
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            if isinstance(failure, UserError):
+                raise UserError(str(failure)) from error
+        raise
+
+
+class MetricsFile(UserCallback):
+    """Writes each report of rank 0 to metrics.jsonl. Ray Train calls it in its controller, on the driver's node."""
+
+    def __init__(self, run: str) -> None:
+        self.run = Path(run)
+        self.attempt_begins = True
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        line = metrics[0]
+        if self.attempt_begins:
+            drop_metrics_from(self.run, line["step"])
+            self.attempt_begins = False
+        with (self.run / METRICS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self.attempt_begins = True  # the next attempt goes back to the last checkpoint
+
+
+@contextmanager
+def _progress(run: Path) -> Iterator[None]:
+    """Log the lines of metrics.jsonl as they come, until the block ends."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        seen = {line["step"] for line in read_metrics(run)}
+        while True:
+            last_look = ended.wait(0.5)
+            for line in read_metrics(run):
+                if line["step"] not in seen:
+                    seen.add(line["step"])
+                    log.info("%s", progress_line(line))
+            if last_look:
+                return
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
+
+
+def progress_line(metrics: dict[str, Any]) -> str:
+    """A line of metrics.jsonl for people."""
+    held_out = f"  held-out loss {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
+    return (
+        f"step {metrics['step']}/{metrics['steps']}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
+        f"{metrics['tokens_per_s']:,.0f} tokens/s{held_out}"
+    )

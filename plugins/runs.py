@@ -1,0 +1,61 @@
+"""Run directories, `outputs/<run>/`: what lies where, and which there are. They are the registry of finetuned models."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plugins.types import RunManifest
+
+METRICS = "metrics.jsonl"
+CONFIG = "config.py"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory as it stands. `manifest` is None until the run is finished; `progress` is its last metrics line."""
+
+    path: Path
+    manifest: RunManifest | None
+    progress: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def read_run(path: Path) -> Run:
+    lines = read_metrics(path)
+    return Run(path, RunManifest.read(path), lines[-1] if lines else None)
+
+
+def find_runs(output: Path) -> list[Run]:
+    """The runs in `output`, finished or not, by name."""
+    if not output.is_dir():
+        return []
+    markers = (RunManifest.FILE, METRICS, CHECKPOINTS)
+    folders = sorted(folder for folder in output.iterdir() if any((folder / marker).exists() for marker in markers))
+    return [read_run(folder) for folder in folders]
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl that may still be written to; none where there is no file yet."""
+    path = run / METRICS
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def drop_metrics_from(run: Path, step: int) -> None:
+    """Drop the lines from `step` on: a resumed run does these steps again."""
+    lines = [line for line in read_metrics(run) if line["step"] < step]
+    (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def same_base(first: str, second: str) -> bool:
+    """Whether two model paths mean the same base: the same hub id, or the same directory."""
+    if first == second:
+        return True
+    one, other = Path(first).expanduser(), Path(second).expanduser()
+    return one.is_dir() and other.is_dir() and one.resolve() == other.resolve()
