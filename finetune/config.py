@@ -123,5 +123,5 @@ class FinetuneConfig:
         # The name becomes a directory and a part of a model id.
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise UserError(
-                f"FinetuneConfig.name = {self.name!r}: letters, digits, '.', '_' and '-' only, beginning with a letter or digit"
+                f"FinetuneConfig.name = {self.name!r}: letters, digits, '.', '_' and '-' only, not beginning with a sign"
             )

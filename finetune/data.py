@@ -58,7 +58,9 @@ def prepare(data: Data, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     if isinstance(data.validation, float):
         held = round(len(rows) * data.validation)
         if len(rows) <= held or (data.validation > 0 and held == 0):
-            raise UserError(f"data.validation = {data.validation} of {len(rows)} rows leaves one of the two parts empty")
+            raise UserError(
+                f"data.validation = {data.validation} of {len(rows)} rows leaves one of the two parts empty"
+            )
         order = np.random.default_rng(seed).permutation(len(rows))
         train, held_out = [rows[i] for i in sorted(order[held:])], [rows[i] for i in sorted(order[:held])]
     else:

@@ -82,7 +82,7 @@ def training_step(
             with autocast(strategy.device, dtype):
                 loss = objective.loss(model, batch)
             # DDP averages over ranks: world_size turns that into the sum.
-            (loss * (strategy.world_size / max(weight, 1))).backward()  # type: ignore[no-untyped-call]
+            (loss * (strategy.world_size / max(weight, 1))).backward()
         total += loss.detach()
     grad_norm = strategy.clip(model, clip)
     for group in optimizer.param_groups:
@@ -110,8 +110,8 @@ def evaluate(
             sums[0] += objective.loss(model, moved)
         sums[1] += objective.weight(moved)
     model.train()
-    loss, weight = strategy.sum(sums).tolist()
-    return loss / max(weight, 1)
+    loss, weight = strategy.sum(sums)
+    return float(loss / weight.clamp(min=1))
 
 
 def make_optimizer(model: torch.nn.Module, optim: Optim) -> torch.optim.AdamW:

@@ -64,7 +64,7 @@ def load_trained(model: torch.nn.Module, directory: Path) -> None:
     """Put the weights that `save` wrote back into a model that `build` made."""
     if isinstance(model, peft.PeftModel):
         weights = peft.load_peft_weights(str(directory / ADAPTER), device="cpu")
-        peft.set_peft_model_state_dict(model, weights)  # type: ignore[no-untyped-call]
+        peft.set_peft_model_state_dict(model, weights)
     else:
         saved = AutoModelForCausalLM.from_pretrained(str(directory / MODEL), dtype=torch.float32)
         model.load_state_dict(saved.state_dict())
@@ -80,7 +80,7 @@ def _with_method(model: Any, method: Lora | Full) -> torch.nn.Module:
             raise UserError(f"method.targets = {target!r}: no such linear layer; {choices(target, names)}")
     lora = peft.LoraConfig(
         r=method.rank,
-        lora_alpha=method.alpha,  # type: ignore[arg-type]  # PEFT annotates int and divides
+        lora_alpha=method.alpha,
         lora_dropout=method.dropout,
         target_modules=method.targets if method.targets == "all-linear" else list(method.targets),
         task_type="CAUSAL_LM",

@@ -1,13 +1,16 @@
 """What a run will need, and whether it is there: all of it looked at before anything starts."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.config import FinetuneConfig, Scaling
+from finetune.config import FinetuneConfig
 from finetune.data import Prepared, prepare
 from finetune.loop import total_steps
 from finetune.model import load_tokenizer, outline
+from plugins import cluster
+from plugins.model_files import check_model_files
 from plugins.spec import UserError
 from plugins.template import Tokenizer
 from plugins.types import RunManifest
@@ -37,6 +40,7 @@ def check(config: FinetuneConfig, root: Path) -> Ready:
     if config.model.is_local:
         here = Path(config.model.path).expanduser().absolute()
         config = replace(config, model=replace(config.model, path=str(here)))
+    check_model_files(config.model, "model.path")
     model = outline(config)
     tokenizer = load_tokenizer(config.model)
     rows = prepare(config.data, tokenizer, seed=config.train.seed)
@@ -60,13 +64,12 @@ def check(config: FinetuneConfig, root: Path) -> Ready:
 def check_cluster(ready: Ready, nodes: Sequence[Resources]) -> None:
     """Whether the workers fit on `nodes` (Ray's resources of each). Ray would wait for ever for what can never come."""
     scaling = ready.config.scaling
-    room = sum(_room(scaling, node) for node in nodes)
+    room = cluster.room(nodes, cpus=scaling.cpus, gpus=scaling.gpus)
     if room < scaling.workers:
-        total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
         asks = f"cpus = {scaling.cpus:g}" + (f" and gpus = {scaling.gpus:g}" if scaling.gpus else "")
         raise UserError(
-            f"scaling.workers = {scaling.workers} with {asks} each: the cluster has room for {room} "
-            f"({total['CPU']:g} CPUs and {total['GPU']:g} GPUs on {len(nodes)} node{'s' * (len(nodes) != 1)})"
+            f"scaling.workers = {scaling.workers} with {asks} each: "
+            f"the cluster has room for {room} ({cluster.size(nodes)})"
         )
     memory = sum(node.get("memory", 0) for node in nodes)
     if not scaling.gpus and memory and scaling.workers * ready.bytes_a_worker > memory:
@@ -74,11 +77,6 @@ def check_cluster(ready: Ready, nodes: Sequence[Resources]) -> None:
             f"model.path = {ready.config.model.path!r}: {scaling.workers} workers need at least "
             f"{ready.bytes_a_worker / GIB:.1f} GiB each for weights and optimiser; the cluster has {memory / GIB:.1f} GiB"
         )
-
-
-def _room(scaling: Scaling, node: Resources) -> int:
-    by_cpu = int(node.get("CPU", 0) / scaling.cpus)
-    return min(by_cpu, int(node.get("GPU", 0) / scaling.gpus)) if scaling.gpus else by_cpu
 
 
 def _check_directory(directory: Path, config: FinetuneConfig) -> None:
@@ -89,10 +87,9 @@ def _check_directory(directory: Path, config: FinetuneConfig) -> None:
             f"run {config.name!r} is finished ({directory}): choose another name=..., "
             "or start it over with checkpoint.resume=false"
         )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: cannot write to {directory}: {error.strerror}") from error
+    above = next(parent for parent in directory.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"output: cannot write to {directory}: {above} is not a directory that takes new files")
 
 
 def _check_fit(model: object, rows: Prepared) -> None:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import ray
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from finetune import preflight
 from finetune.config import FinetuneConfig, Lora
@@ -38,7 +37,7 @@ def finetune(config: FinetuneConfig, *, config_file: Path | None = None, overrid
     """
     ready = preflight.check(config, cluster.output_root())
     _say(ready)
-    with _ray():
+    with cluster.connection():
         preflight.check_cluster(ready, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         _begin(ready, config, config_file)
         started = time.monotonic()
@@ -75,24 +74,11 @@ def _say(ready: preflight.Ready) -> None:
         log.info("%d rows were cut to %d tokens, %d left out", rows.cut, config.data.max_length, rows.left_out)
 
 
-@contextmanager
-def _ray() -> Iterator[None]:
-    """A connection to Ray: what is connected stays so, a cluster that had to be started is stopped again."""
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(**cluster.init_options())
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def _begin(ready: preflight.Ready, config: FinetuneConfig, config_file: Path | None) -> None:
     """The run directory as the run finds it: empty, or as an unfinished run of the same name left it."""
     if not config.checkpoint.resume:
-        shutil.rmtree(ready.directory)
-        ready.directory.mkdir()
+        shutil.rmtree(ready.directory, ignore_errors=True)
+    ready.directory.mkdir(parents=True, exist_ok=True)
     text = config_file.read_text() if config_file else f"from finetune import *\n\nconfig = {render(config)}\n"
     (ready.directory / CONFIG).write_text(text)
     if (ready.directory / CHECKPOINTS).exists():
@@ -114,8 +100,8 @@ def _fit(ready: preflight.Ready) -> Result:
             storage_path=str(ready.directory),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             # Ray's own limits are none: what cannot work would be tried for ever.
-            failure_config=FailureConfig(max_failures=1, controller_failure_limit=1),
-            callbacks=[MetricsFile(str(ready.directory))],
+            failure_config=FailureConfig(max_failures=1, controller_failure_limit=1),  # type: ignore[call-arg]
+            callbacks=[MetricsFile(str(ready.directory))],  # type: ignore[list-item]
         ),
     )
     try:

@@ -10,7 +10,7 @@ from finetune.config import Ddp
 
 
 class DataParallel:
-    """Every rank holds the whole model; DDP averages the gradients. Alone, and with no process group, it is just the model."""
+    """Every rank holds the whole model; DDP averages the gradients. One process alone just has the model."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -30,7 +30,7 @@ class DataParallel:
     def clip(self, model: torch.nn.Module, norm: float | None) -> float:
         """Scale the gradients down to `norm` in all; returns the norm that they had."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return float(torch.nn.utils.clip_grad_norm_(parameters, float("inf") if norm is None else norm))
+        return torch.nn.utils.clip_grad_norm_(parameters, float("inf") if norm is None else norm).item()
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """`value` summed over the ranks."""

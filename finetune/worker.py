@@ -79,9 +79,7 @@ def run_rank(config: FinetuneConfig, prepared: "ray.ObjectRef[Prepared]") -> Non
         with tempfile.TemporaryDirectory() as directory:
             if saves and rank == 0:
                 checkpoint.save(Path(directory), model, optimizer, step=step)
-            ray.train.report(
-                metrics, checkpoint=ray.train.Checkpoint(directory) if saves and rank == 0 else None
-            )
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint(directory) if saves and rank == 0 else None)
         window = Window(time.perf_counter())  # evaluating and saving are no part of the training speed
 
 

@@ -1,10 +1,19 @@
-"""How this process meets Ray: what to hand `ray.init`, whom to authenticate as, and where relative outputs belong."""
+"""How this process meets Ray: connecting or starting, authentication, room on the nodes, where relative outputs belong.
+
+The one plug-in module that imports Ray, and only inside the functions that connect.
+"""
 
 import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from plugins.spec import UserError
+
 PROJECT = Path(__file__).resolve().parents[1]
+# In the language of .gitignore: code only. Models and rows in the project's folder may be many gigabytes.
+EXCLUDES = ["/*", "!/finetune/", "!/serve/", "!/plugins/", "!/ui/", "!/*.py"]
 
 
 def in_ray_job() -> bool:
@@ -12,16 +21,59 @@ def in_ray_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def init_options() -> dict[str, Any]:
-    """Arguments of `ray.init`, for a cluster that runs or one that is to start.
+@contextmanager
+def connection() -> Iterator[bool]:
+    """A connection to Ray for the block; yields whether a cluster was started for it, which then is stopped at the end.
 
-    The project travels as the working directory, so that workers on any node, in any environment, import the same code.
-    A submitted job brought it along already.
+    A connection that there is already is used and left open.
     """
+    import ray
+
+    if ray.is_initialized():
+        yield False
+        return
+    started = connect()
+    try:
+        yield started
+    finally:
+        ray.shutdown()
+
+
+def connect() -> bool:
+    """Connect to the Ray cluster that runs here, or start one; returns whether it was started."""
+    if attach():
+        return False
+    _init("local")
+    return True
+
+
+def attach() -> bool:
+    """Connect to the Ray cluster of $RAY_ADDRESS or of this machine; returns whether there is one.
+
+    Raises UserError where RAY_ADDRESS names a cluster that does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return True
+    try:
+        _init("auto")
+    except ConnectionError as error:
+        if "RAY_ADDRESS" in os.environ:
+            raise UserError(f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']!r}: no Ray cluster answers there") from error
+        return False
+    return True
+
+
+def _init(address: str) -> None:
+    import ray
+
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not in_ray_job():
-        options["runtime_env"] = {"working_dir": str(PROJECT)}
-    return options
+        # The code travels as the working directory, so that workers on any node, in any environment, import the same; a
+        # submitted job brought it along already.
+        options["runtime_env"] = {"working_dir": str(PROJECT), "excludes": EXCLUDES}
+    ray.init(address=address, **options)
 
 
 def authenticate() -> None:
@@ -44,3 +96,16 @@ def output_root() -> Path:
     if root := os.environ.get("MANTA_ROOT"):
         return Path(root).expanduser().absolute()
     return Path.home() / "manta" if in_ray_job() else Path.cwd()
+
+
+def room(nodes: Sequence[Mapping[str, float]], *, cpus: float, gpus: float) -> int:
+    """How many actors of `cpus` and `gpus` fit on `nodes` (the resources of each) when nothing else runs."""
+    return sum(
+        int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else float("inf"))) for node in nodes
+    )
+
+
+def size(nodes: Sequence[Mapping[str, float]]) -> str:
+    """`2 CPUs and 0 GPUs on 1 node`."""
+    cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    return f"{cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node{'s' * (len(nodes) != 1)}"

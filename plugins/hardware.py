@@ -20,7 +20,7 @@ def compute_dtype(wanted: Literal["auto", "bf16", "fp32"], on: torch.device) -> 
 
 def has_bf16(on: torch.device) -> bool:
     if on.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Without these instructions oneDNN emulates bf16, which is slower than fp32.
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 

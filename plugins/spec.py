@@ -60,7 +60,7 @@ def _checked(cls: type[T]) -> type[T]:
     assign: Callable[..., None] = cls.__init__
 
     @functools.wraps(assign)
-    def __init__(self: object, *args: object, **named: object) -> None:
+    def checked(self: object, *args: object, **named: object) -> None:
         known = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
         if len(args) > len(known) or (args and _keyword_only(cls)):
             raise UserError(f"{cls.__name__} takes its fields by name: {', '.join(known)}")
@@ -74,7 +74,7 @@ def _checked(cls: type[T]) -> type[T]:
         hints = field_types(cls)
         assign(self, **{name: conform(value, hints[name], f"{cls.__name__}.{name}") for name, value in given.items()})
 
-    cls.__init__ = __init__  # type: ignore[method-assign]
+    cls.__init__ = checked  # type: ignore[method-assign]
     return cls
 
 
@@ -87,7 +87,6 @@ def _required(cls: type, name: str) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-@functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """The annotation of every field of a spec, rules included."""
     return typing.get_type_hints(cls, include_extras=True)

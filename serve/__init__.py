@@ -1,0 +1,7 @@
+"""Serve language models on Ray Serve. These are the names that a config file needs."""
+
+from plugins.engines import Torch
+from plugins.types import ModelSource
+from serve.config import Replicas, ServeConfig, ServedModel
+
+__all__ = ["ModelSource", "Replicas", "ServeConfig", "ServedModel", "Torch"]

@@ -1,0 +1,26 @@
+"""What a model directory must hold, checked before anything heavy loads it."""
+
+from pathlib import Path
+
+from plugins.spec import UserError
+from plugins.types import ModelSource
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def check_model_files(source: ModelSource, field: str) -> None:
+    """Raise UserError, naming `field`, where `source` is a directory that is not a whole model. Hub ids pass."""
+    if not source.is_local:
+        return
+    directory = Path(source.path).expanduser()
+    named = f"{field} = {source.path!r}"
+    if not directory.is_dir():
+        raise UserError(f"{named}: no such directory" + ("" if directory.is_absolute() else f" in {Path.cwd()}"))
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{named}: no config.json there, so it is not a model directory")
+    if not any(True for pattern in WEIGHTS for _ in directory.glob(pattern)):
+        raise UserError(f"{named}: no weights there ({' or '.join(WEIGHTS)})")
+    if not (directory / "tokenizer.json").is_file():
+        raise UserError(
+            f"{named}: no tokenizer there; put the model's tokenizer.json and tokenizer_config.json beside it"
+        )

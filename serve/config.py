@@ -1,0 +1,61 @@
+"""What is served: a ServeConfig and its parts, and every rule about them."""
+
+import re
+from typing import Annotated, Any
+
+from plugins.engines import EngineSpec, Torch
+from plugins.spec import NOT_EMPTY, UserError, above, at_least, between, spec
+from plugins.types import ModelSource
+
+
+@spec
+class Replicas:
+    """Copies of a model; Ray Serve adds and removes some between `min` and `max` as requests queue up."""
+
+    min: Annotated[int, at_least(1)] = 1
+    max: Annotated[int, at_least(1)] = 1
+
+    def __post_init__(self) -> None:
+        if self.max < self.min:
+            raise UserError(f"Replicas.max = {self.max}: must be at least min = {self.min}")
+
+
+@spec
+class ServedModel:
+    """A base model, known to clients as `id`, and the finetuned runs beside it, known as `id:run`.
+
+    `adapters`: run directories such as "outputs/demo_lora"; a pattern such as "outputs/*" takes every finished LoRA run
+    that was made from this base. `cpus` and `gpus` are of one replica. `runtime_env`: Ray's, for an engine that lives in
+    an environment of its own.
+    """
+
+    id: str
+    source: ModelSource
+    engine: EngineSpec = Torch()
+    adapters: tuple[str, ...] = ()
+    replicas: Replicas = Replicas()
+    cpus: Annotated[float, above(0)] = 1.0
+    gpus: Annotated[float, at_least(0)] = 0.0
+    runtime_env: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        # A colon separates base and run.
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", self.id):
+            raise UserError(
+                f"ServedModel.id = {self.id!r}: letters, digits, '.', '_', '-' and '/' only, not beginning with a sign"
+            )
+
+
+@spec
+class ServeConfig:
+    """Models behind one HTTP endpoint. `name` is the Serve application: deploying the same name again replaces it."""
+
+    models: Annotated[tuple[ServedModel, ...], NOT_EMPTY]
+    name: Annotated[str, NOT_EMPTY] = "manta"
+    host: Annotated[str, NOT_EMPTY] = "127.0.0.1"
+    port: Annotated[int, between(1, 65535)] = 8000
+
+    def __post_init__(self) -> None:
+        ids = [model.id for model in self.models]
+        if twice := next((name for name in ids if ids.count(name) > 1), None):
+            raise UserError(f"ServeConfig.models: two models have the id {twice!r}")

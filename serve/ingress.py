@@ -1,0 +1,223 @@
+"""The routing ingress: HTTP in, handles out. Server-sent events live here and only here."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, cast
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from starlette.exceptions import HTTPException
+
+from plugins.types import Delta, GenerateRequest, RequestError
+from serve.protocols import openai
+from serve.routing import UnknownModelError, find_route, model_routes
+
+Generate = Callable[[GenerateRequest], AsyncIterator[Delta]]
+
+
+class Ingress:
+    """The deployment: it turns handles into callables and lets Serve run the app below with them."""
+
+    def __init__(self, served: Mapping[str, Sequence[str]], handles: Mapping[str, DeploymentHandle[Any]]) -> None:
+        """`served`: base id -> the names of its runs. `handles`: base id -> its deployment."""
+        self.api = api(served, {base: _generate(handle.options(stream=True)) for base, handle in handles.items()})
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self.api
+
+
+def _generate(handle: DeploymentHandle[Any]) -> Generate:
+    async def generate(request: GenerateRequest) -> AsyncIterator[Delta]:
+        response = cast(DeploymentResponseGenerator[Delta], handle.generate.remote(request))
+        finished = False
+        try:
+            async for delta in response:
+                yield delta
+            finished = True
+        finally:
+            if not finished:
+                response.cancel()  # the client went away, or another choice failed: the engine stops too
+
+    return generate
+
+
+def api(served: Mapping[str, Sequence[str]], models: Mapping[str, Generate]) -> FastAPI:
+    """The HTTP endpoints over `models`, base id -> what generates. It needs no Ray."""
+    app = FastAPI(title="Manta", docs_url="/docs", redoc_url=None)
+    routes = model_routes(served)
+    created = int(time.time())
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "models": list(routes)}
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return openai.model_list(routes, created)
+
+    @app.get("/v1/models/{model:path}")
+    async def one_model(model: str) -> dict[str, Any]:
+        find_route(model, routes)
+        rows: list[dict[str, Any]] = openai.model_list([model], created)["data"]
+        return rows[0]
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: openai.ChatBody) -> JSONResponse | StreamingResponse:
+        return await respond(body, "chat.completion")
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: openai.CompletionBody) -> JSONResponse | StreamingResponse:
+        return await respond(body, "text_completion")
+
+    async def respond(
+        body: openai.ChatBody | openai.CompletionBody, kind: openai.Kind
+    ) -> JSONResponse | StreamingResponse:
+        route = find_route(body.model, routes)
+        body.refuse_unsupported()
+        choices = [models[route.base](request) for request in body.generate_requests(route.adapter)]
+        prefix = "chatcmpl" if kind == "chat.completion" else "cmpl"
+        answer = openai.Answer(f"{prefix}-{uuid.uuid4().hex}", kind, body.model, int(time.time()), body.n)
+        if not body.stream:
+            ended = await _all(choices)
+            return JSONResponse(answer.whole([text for text, _ in ended], [last for _, last in ended]))
+        merged = _merged(choices)
+        # The first delta before the status: a request that the engine refuses gets an error, not a broken stream.
+        first = await anext(merged)
+        events = _events(answer, first, merged, body.stream_options is not None and body.stream_options.include_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    _explain_errors(app)
+    return app
+
+
+async def _all(choices: Sequence[AsyncIterator[Delta]]) -> list[tuple[str, Delta]]:
+    """The whole text and the last Delta of each choice, made side by side. If one fails, the others end."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_whole(deltas)) for deltas in choices]
+    return [task.result() for task in tasks]
+
+
+async def _whole(deltas: AsyncIterator[Delta]) -> tuple[str, Delta]:
+    texts, last = [], None
+    async with aclosing(deltas):  # type: ignore[type-var]  # every one of them is an async generator
+        async for delta in deltas:
+            texts.append(delta.text)
+            last = delta
+    assert last is not None  # an engine ends with a Delta that says why
+    return "".join(texts), last
+
+
+async def _merged(choices: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int, Delta]]:
+    """(choice, Delta) in the order in which they come."""
+    inbox: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
+
+    async def forward(index: int, deltas: AsyncIterator[Delta]) -> None:
+        async with aclosing(deltas):  # type: ignore[type-var]
+            async for delta in deltas:
+                inbox.put_nowait((index, delta))
+
+    if len(choices) == 1:  # the usual case needs no queue
+        async with aclosing(choices[0]) as deltas:  # type: ignore[type-var]
+            async for delta in deltas:
+                yield 0, delta
+        return
+    tasks = [asyncio.create_task(forward(index, deltas)) for index, deltas in enumerate(choices)]
+    try:
+        unfinished = len(tasks)
+        while unfinished:
+            arrival = asyncio.ensure_future(inbox.get())
+            await asyncio.wait([arrival, *(task for task in tasks if not task.done())], return_when="FIRST_COMPLETED")
+            for task in tasks:
+                if task.done():
+                    task.result()  # a choice that failed ends the answer
+            index, delta = await arrival
+            unfinished -= delta.finish_reason is not None
+            yield index, delta
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _events(
+    answer: openai.Answer, first: tuple[int, Delta], rest: AsyncIterator[tuple[int, Delta]], include_usage: bool
+) -> AsyncIterator[str]:
+    opened: set[int] = set()
+    lasts: dict[int, Delta] = {}
+
+    def chunks(index: int, delta: Delta) -> str:
+        opening = None if index in opened else answer.opening(index)
+        opened.add(index)
+        lasts[index] = delta
+        return (_event(opening) if opening else "") + _event(answer.chunk(index, delta))
+
+    async with aclosing(rest):  # type: ignore[type-var]
+        yield chunks(*first)
+        try:
+            async for index, delta in rest:
+                yield chunks(index, delta)
+        except Exception as error:
+            # The status is sent; the client learns it from the stream, and the log keeps the traceback.
+            yield _event(openai.error(f"the answer broke off: {type(error).__name__}", kind="server_error"))
+            raise
+    if include_usage:
+        yield _event(answer.closing([lasts[index] for index in sorted(lasts)]))
+    yield "data: [DONE]\n\n"
+
+
+def _event(body: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _explain_errors(app: FastAPI) -> None:
+    """Every error in OpenAI's envelope."""
+
+    def reply(status: int, message: str, kind: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+        return JSONResponse(openai.error(message, kind=kind, param=param, code=code), status)
+
+    def unknown_model(request: Request, error: UnknownModelError) -> JSONResponse:
+        return reply(404, str(error), "invalid_request_error", "model", "model_not_found")
+
+    def refused(request: Request, error: RequestError) -> JSONResponse:
+        return reply(400, error.message, "invalid_request_error", error.param)
+
+    def several(request: Request, error: ExceptionGroup[Exception]) -> JSONResponse | Coroutine[Any, Any, JSONResponse]:
+        first = error.exceptions[0]
+        if isinstance(first, RequestError):
+            return refused(request, first)
+        raise first
+
+    def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"] if part != "body")
+        return reply(
+            400, f"{field}: {problem['msg']}" if field else problem["msg"], "invalid_request_error", field or None
+        )
+
+    def full(request: Request, error: BackPressureError) -> JSONResponse:
+        return reply(429, "too many requests are waiting; try again soon", "rate_limit_error", code="overloaded")
+
+    def http(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return reply(error.status_code, message, "invalid_request_error")
+
+    def broken(request: Request, error: Exception) -> JSONResponse:
+        return reply(500, f"the server failed: {type(error).__name__}", "server_error")
+
+    handlers: dict[type[Exception], Callable[..., Any]] = {
+        UnknownModelError: unknown_model,
+        RequestError: refused,
+        ExceptionGroup: several,
+        RequestValidationError: malformed,
+        BackPressureError: full,
+        HTTPException: http,
+        Exception: broken,
+    }
+    for error, handler in handlers.items():
+        app.add_exception_handler(error, handler)

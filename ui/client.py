@@ -1,0 +1,250 @@
+"""Platform: what a user can do with Manta, for the command line, the web page and scripts alike.
+
+The only module of the faces that talks to Ray Jobs, Serve and the endpoints.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from plugins import cluster
+from plugins.runs import Run, find_runs
+from plugins.spec import UserError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+    from finetune.config import FinetuneConfig
+    from serve.config import ServeConfig
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A Ray job. `state` is Ray's: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+
+    id: str
+    state: str
+    command: str
+    started: datetime | None
+
+
+@dataclass(frozen=True)
+class Application:
+    """What Ray Serve runs under one name. `state` is Serve's: RUNNING, DEPLOYING, DEPLOY_FAILED, ..."""
+
+    name: str
+    state: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Status:
+    size: str
+    free_cpus: float
+    jobs: list[Job]
+    applications: list[Application]
+
+
+class Platform:
+    """Manta on one Ray cluster (that of $RAY_ADDRESS or of this machine) with its HTTP endpoint at `url`.
+
+    Relative outputs are under `cluster.output_root()`. Methods raise UserError for what the user can mend.
+    """
+
+    def __init__(self, url: str = DEFAULT_URL) -> None:
+        self.url = url.rstrip("/")
+
+    # finetuning
+
+    def finetune(
+        self, config: "FinetuneConfig", *, config_file: Path | None = None, overrides: Sequence[str] = ()
+    ) -> Path:
+        """Run `config` here, in the foreground; returns the run directory."""
+        from finetune.run import finetune
+
+        return finetune(config, config_file=config_file, overrides=overrides)
+
+    def submit(self, config_file: Path, overrides: Sequence[str] = (), *, address: str | None = None) -> str:
+        """Run a config as a Ray job, which goes on by itself; returns the job's id.
+
+        `address` is the cluster's job server, http://host:8265; None is the cluster that runs here. A config outside the
+        project must be where the job can read it too.
+        """
+        inside = config_file.resolve().is_relative_to(cluster.PROJECT)
+        path = config_file.resolve().relative_to(cluster.PROJECT) if inside else config_file.resolve()
+        is_here = address is None or any(host in address for host in ("127.0.0.1", "localhost"))
+        # A cluster elsewhere has its own Python, and its own place for outputs.
+        python = sys.executable if is_here else "python"
+        variables = {"MANTA_ROOT": str(cluster.output_root())} if is_here else {}
+        job: str = self._jobs(address).submit_job(
+            entrypoint=shlex.join([python, "-m", "finetune", str(path), *overrides]),
+            runtime_env={"working_dir": str(cluster.PROJECT), "env_vars": variables},
+        )
+        return job
+
+    def runs(self, output: str = "outputs") -> list[Run]:
+        """The runs under `output`, finished or not."""
+        return find_runs(cluster.output_root() / output)
+
+    # serving
+
+    def serve(self, config: "ServeConfig") -> list[str]:
+        """Deploy `config` on the cluster that runs here; returns the model ids once they answer.
+
+        Where there is no cluster, one is started, which lives as long as this process.
+        """
+        from serve.app import deploy
+
+        cluster.connect()
+        return deploy(config)
+
+    def serve_until_interrupted(self, config: "ServeConfig") -> None:
+        """The same for a shell: returns at once where a cluster ran, else stays until Ctrl-C."""
+        from serve.app import serve_until_interrupted
+
+        serve_until_interrupted(config)
+
+    def models(self) -> list[str]:
+        """The ids of the models that the endpoint serves."""
+        return [model["id"] for model in self._get("/v1/models")["data"]]
+
+    def chat(self, model: str, messages: Sequence[dict[str, str]], **options: Any) -> Iterator[str]:
+        """The answer to a conversation, in pieces as they come. `options` are OpenAI's: temperature, max_tokens, ..."""
+        body = {"model": model, "messages": list(messages), "stream": True, **options}
+        waits = httpx.Timeout(600, connect=5)
+        with (
+            _reaching(self.url),
+            httpx.stream("POST", f"{self.url}/v1/chat/completions", json=body, timeout=waits) as response,
+        ):
+            if response.is_error:
+                response.read()
+                raise UserError(_error_message(response))
+            for line in response.iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    yield _text(json.loads(line.removeprefix("data: ")))
+
+    def answer(self, model: str, question: str, **options: Any) -> str:
+        """The whole answer to one question."""
+        return "".join(self.chat(model, [{"role": "user", "content": question}], **options))
+
+    # the cluster
+
+    def status(self) -> Status | None:
+        """What the cluster holds and runs; None where no cluster runs."""
+        import ray
+        from ray import serve
+
+        if not self.attach():
+            return None
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        applications = serve.status().applications
+        return Status(
+            size=cluster.size(nodes),
+            free_cpus=ray.available_resources().get("CPU", 0.0),
+            jobs=self.jobs(),
+            applications=[Application(name, app.status.value, app.message) for name, app in applications.items()],
+        )
+
+    def jobs(self) -> list[Job]:
+        """The submitted jobs of the cluster, the newest first."""
+        found = [
+            Job(job.submission_id, str(job.status.value), job.entrypoint, _moment(job.start_time))
+            for job in self._jobs().list_jobs()
+            if job.submission_id
+        ]
+        return sorted(found, key=lambda job: job.started.timestamp() if job.started else 0.0, reverse=True)
+
+    def logs(self, job: str) -> str:
+        """What a job has printed so far."""
+        self._find_job(job)
+        text: str = self._jobs().get_job_logs(job)
+        return text
+
+    def stop(self, name: str) -> str:
+        """Stop a job or a served application; returns which of the two it was."""
+        from ray import serve
+
+        if not self.attach():
+            raise UserError("no Ray cluster runs here")
+        applications = serve.status().applications
+        if name in applications:
+            serve.delete(name)
+            return "application"
+        self._find_job(name, or_one_of=list(applications))
+        self._jobs().stop_job(name)
+        return "job"
+
+    def stop_all(self) -> list[str]:
+        """Stop every running job and every served application; returns their names."""
+        from ray import serve
+
+        if not self.attach():
+            return []
+        names = [job.id for job in self.jobs() if job.state in ("PENDING", "RUNNING")]
+        for name in names:
+            self._jobs().stop_job(name)
+        applications = list(serve.status().applications)
+        serve.shutdown()
+        return names + applications
+
+    def attach(self) -> bool:
+        """Connect to the cluster that runs here; returns whether there is one."""
+        return cluster.attach()
+
+    def _find_job(self, name: str, or_one_of: Sequence[str] = ()) -> Job:
+        jobs = {job.id: job for job in self.jobs()}
+        if name not in jobs:
+            raise UserError(f"nothing here is called {name!r} (there are: {', '.join([*or_one_of, *jobs]) or 'none'})")
+        return jobs[name]
+
+    def _jobs(self, address: str | None = None) -> "JobSubmissionClient":
+        from ray.job_submission import JobSubmissionClient
+
+        try:
+            return JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError) as error:
+            where = f"at {address}" if address else "here"
+            raise UserError(f"no Ray job server answers {where}: {str(error).splitlines()[0]}") from error
+
+    def _get(self, path: str) -> Any:
+        with _reaching(self.url):
+            response = httpx.get(self.url + path, timeout=10)
+        if response.is_error:
+            raise UserError(_error_message(response))
+        return response.json()
+
+
+@contextmanager
+def _reaching(url: str) -> Iterator[None]:
+    """Within it, an endpoint that does not answer is the user's mistake and not a traceback."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise UserError(f"nothing answers at {url}: start it with manta serve CONFIG, or name another --url") from error
+
+
+def _error_message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{response.request.url} answers {response.status_code}: {response.text[:200]}"
+
+
+def _text(chunk: dict[str, Any]) -> str:
+    if "error" in chunk:
+        raise UserError(chunk["error"]["message"])
+    return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+
+
+def _moment(milliseconds: int | None) -> datetime | None:
+    return datetime.fromtimestamp(milliseconds / 1000) if milliseconds else None
