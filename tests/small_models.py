@@ -58,9 +58,14 @@ def llama_config(**changes: Any) -> Any:
 
 
 def save_model(directory: Path, config: Any = None, *, seed: int = 0, chat_template: str | None = CHATML) -> Path:
-    """A model with random weights (fp32) and the tokenizer, as transformers saves them."""
+    """A model with random weights (fp32) and the tokenizer, as transformers saves them.
+
+    It hardly ever ends an answer by itself, so that a test decides where answers end.
+    """
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config or llama_config())
+    with torch.no_grad():
+        model.get_output_embeddings().weight[:3] = 0  # the special tokens: their logits are 0, the best is far above
     model.save_pretrained(directory)
     tokenizer(chat_template).save_pretrained(directory)
     return directory
@@ -80,6 +85,8 @@ def save_lora_run(
         for name, weight in wrapped.named_parameters():
             if "lora_B" in name:  # zero at first: an adapter that does nothing
                 weight.normal_(std=0.2)
+            elif "modules_to_save" in name:
+                weight.add_(0.1 * torch.randn_like(weight))
     wrapped.save_pretrained(run / "adapter")
     if chat_template is not None:
         tokenizer(chat_template).save_pretrained(run)

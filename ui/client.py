@@ -6,6 +6,7 @@ The only module of the faces that talks to Ray Jobs, Serve and the endpoints.
 import json
 import shlex
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class Platform:
 
     def __init__(self, url: str = DEFAULT_URL) -> None:
         self.url = url.rstrip("/")
+        self._connecting = threading.Lock()  # the web page calls from many threads, and Ray connects once
 
     # finetuning
 
@@ -105,7 +107,7 @@ class Platform:
         """
         from serve.app import deploy
 
-        cluster.connect()
+        self.connect()
         return deploy(config)
 
     def serve_until_interrupted(self, config: "ServeConfig") -> None:
@@ -199,7 +201,22 @@ class Platform:
 
     def attach(self) -> bool:
         """Connect to the cluster that runs here; returns whether there is one."""
-        return cluster.attach()
+        with self._connecting:
+            return cluster.attach()
+
+    def connect(self) -> bool:
+        """The same, but where there is no cluster one is started, which lives as long as this process.
+
+        Returns whether it was started.
+        """
+        with self._connecting:
+            return cluster.connect()
+
+    def is_connected(self) -> bool:
+        """Whether this process is connected to a cluster already. Unlike `attach` it costs nothing: no import of Ray."""
+        # Ray's module is there but still empty while another thread imports it.
+        initialized = getattr(sys.modules.get("ray"), "is_initialized", None)
+        return initialized is not None and bool(initialized())
 
     def _find_job(self, name: str, or_one_of: Sequence[str] = ()) -> Job:
         jobs = {job.id: job for job in self.jobs()}

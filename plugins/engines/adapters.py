@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
+from plugins.engines.pretrained import first_line
 from plugins.spec import UserError
 
 NONE = "__base__"  # PEFT's name for a row without an adapter
 
 
 class Adapters:
-    """The adapters of one model. Nothing is put into the model until the first is loaded, or left after the last is gone.
+    """The adapters of one model, which is unchanged before the first is loaded and after the last is gone.
 
     Rows of a batch may have different adapters (peft: "Inference with different LoRA adapters in the same batch").
     PEFT hooks every layer anew at each forward to say which; here the hooks stay, and read `rows`.
@@ -33,10 +34,10 @@ class Adapters:
         config, weights = self._read(directory)
         try:
             if self._peft is None:
-                self._peft = peft.PeftModel(self._model, config, adapter_name=key, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+                self._peft = peft.PeftModel(self._model, config, adapter_name=key, autocast_adapter_dtype=False)
             else:
                 self._peft.add_adapter(key, config, autocast_adapter_dtype=False)
-            result = peft.set_peft_model_state_dict(self._peft, weights, adapter_name=key)
+            result: Any = peft.set_peft_model_state_dict(self._peft, weights, adapter_name=key)
         except (ValueError, RuntimeError, KeyError) as error:
             self.remove(key)
             raise UserError(f"adapter {directory} does not fit the base: {_one_line(error)}") from error
@@ -50,11 +51,11 @@ class Adapters:
         """Take `key` out of the model; with the last one goes all of PEFT."""
         if self._peft is None or key not in self._peft.peft_config:
             return
-        if len(self._peft.peft_config) == 1:
+        # Deleted first: `unload` would leave the active adapter's `modules_to_save` in the base.
+        self._peft.delete_adapter(key)
+        if not self._peft.peft_config:
             self._peft.unload()
             self._peft = None
-        else:
-            self._peft.delete_adapter(key)
         self._hook()
 
     def _read(self, directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -65,7 +66,7 @@ class Adapters:
         config: Any = peft.PeftConfig.from_pretrained(str(directory))
         if config.peft_type != peft.PeftType.LORA or config.use_dora:
             kind = "DoRA" if config.peft_type == peft.PeftType.LORA else config.peft_type.value
-            raise UserError(f"adapter {directory} is {kind}: only plain LoRA is served beside the base; merge it instead")
+            raise UserError(f"adapter {directory} is {kind}: only plain LoRA can be served beside the base; merge it")
         try:
             weights = peft.load_peft_weights(str(directory), device="cpu")
         except (OSError, ValueError) as error:
@@ -73,7 +74,7 @@ class Adapters:
         own = [f".{name}." for name in config.modules_to_save or ()] + [".lora_"]
         # Resized embeddings are saved with an adapter; loading them would change the base for everyone.
         if foreign := next((name for name in weights if not any(part in name for part in own)), None):
-            raise UserError(f"adapter {directory} holds weights of the base ({foreign}): merge it instead")
+            raise UserError(f"adapter {directory} holds weights of the base ({foreign}): merge it")
         return config, weights
 
     def _hook(self) -> None:
@@ -95,5 +96,5 @@ class Adapters:
 
 def _one_line(error: Exception) -> str:
     """The telling line of a library's message: torch puts the first mismatch on the second line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
+    mismatch = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
+    return mismatch or first_line(error)

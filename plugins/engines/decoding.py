@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from plugins.engines.adapters import NONE, Adapters
 from plugins.engines.kv_cache import KVCache, StepMask
+from plugins.engines.pretrained import first_line
 from plugins.spec import UserError
 
 PIECE = 512  # tokens of prompts read between two steps of the batch: longer is faster, and makes the others wait longer
@@ -65,14 +66,16 @@ class Decoder(Generic[R]):
         self.adapters = Adapters(model)
         self._model = model
         self._device, self._dtype = model.device, model.dtype
-        self._max_rows, self._max_length = max_rows, max_length
         self._mask = StepMask(model.config.get_text_config(), max_length)
         self._picks_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._cache = KVCache(max_rows, max_length)
 
     @torch.inference_mode()
     def read(self, prompts: Prompts[R]) -> torch.Tensor | None:
-        """Read the next piece of `prompts`. When they are whole they join the batch: logits after each, [rows, vocab]."""
+        """Read the next piece of `prompts`. When that makes them whole, they join the batch as its last rows.
+
+        Then: the logits after each prompt, [rows, vocab]. Till then: None.
+        """
         piece = slice(prompts.done, min(prompts.done + PIECE, prompts.length))
         padded = [row.prompt[piece] + [0] * (piece.stop - max(piece.start, len(row.prompt))) for row in prompts.rows]
         ids = torch.tensor(padded, device=self._device)
@@ -109,9 +112,9 @@ class Decoder(Generic[R]):
     ) -> torch.Tensor:
         """Logits [rows, ends, vocab] at the columns `ends` of `ids` [rows, tokens]."""
         self.adapters.rows = [row.adapter for row in rows]
-        last = ends == [ids.shape[1] - 1]
-        keep: Any = 1 if last else torch.tensor(ends, device=self._device)
-        options = {"logits_to_keep": keep} if self._picks_logits else {}
+        # Indices, not a count: a slice of the hidden states is not contiguous, and torch would then copy the whole
+        # output matrix once a row.
+        options = {"logits_to_keep": torch.tensor(ends, device=self._device)} if self._picks_logits else {}
         result = self._model(
             input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True, **options
         )
@@ -124,26 +127,29 @@ class Decoder(Generic[R]):
         Models differ in where they keep the past (recurrent states) and in how they count positions (ALiBi); a wrong
         answer is worse than none.
         """
-        rows = [_Probe([1, 2, 3, 4, 5, 6, 7]), _Probe([7, 5, 3])]
+        refusal = f"the torch engine cannot serve {type(self._model).__name__}"
+        probes: Any = [_Probe([1, 2, 3, 4, 5, 6, 7]), _Probe([7, 5, 3])]
         try:
-            self.read(Prompts(rows))
-            batched = self.step()
-            with torch.inference_mode():
-                alone = [self._model(input_ids=torch.tensor([[*row.prompt, row.token]], device=self._device)) for row in rows]
+            self.read(Prompts(probes))
+            together = self.step().float()
+            alone = torch.stack([self._alone([*probe.prompt, probe.token]) for probe in probes]).float()
         except Exception as error:
-            raise UserError(
-                f"the torch engine cannot serve {type(self._model).__name__}: {type(error).__name__}: {error}"
-            ) from error
-        self.rows, self._cache = [], KVCache(self._max_rows, self._max_length)
-        for got, result in zip(batched.float(), alone, strict=True):
-            wanted = result.logits[0, -1].float()
-            off = ((got - wanted).norm() / wanted.norm()).item()
-            if not off <= (1e-3 if self._dtype == torch.float32 else 0.1):
-                raise UserError(
-                    f"the torch engine cannot serve {type(self._model).__name__}: in a batch its logits are off by {off:.1%}"
-                )
+            raise UserError(f"{refusal}: {type(error).__name__}: {first_line(error)}") from error
+        while self.rows:
+            self.leave(0)
+        off = ((together - alone).norm() / alone.norm()).item()
+        if not off <= (1e-3 if self._dtype == torch.float32 else 0.1):
+            raise UserError(f"{refusal}: in a batch its logits are off by {off:.1%}")
+
+    @torch.inference_mode()
+    def _alone(self, ids: list[int]) -> torch.Tensor:
+        """Logits [vocab] after `ids` as the model itself computes them."""
+        logits: torch.Tensor = self._model(input_ids=torch.tensor([ids], device=self._device)).logits
+        return logits[0, -1]
 
 
 class _Probe:
+    """A Row for `prove`."""
+
     def __init__(self, prompt: list[int]) -> None:
         self.prompt, self.adapter, self.token = prompt, NONE, 9

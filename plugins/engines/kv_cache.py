@@ -11,12 +11,12 @@ from plugins.spec import UserError
 SMALLEST = 64  # positions: the first allocation; it doubles from there
 
 
-class KVCache(Cache):
-    """A table with a row a sequence: row i belongs to the i-th sequence of the batch, and there are no holes between rows.
+class KVCache(Cache):  # type: ignore[misc, unused-ignore]
+    """A table with a row a sequence: row i belongs to the i-th sequence of the batch, and no row between is empty.
 
-    Each layer has keys and values of [rows, kv heads, capacity, head dim]. A decode step writes one position of every row
-    and reads views of the occupied rows up to the longest, so nothing is copied but where the table grows. What lies
-    beyond a row's own length is old or zero, never NaN; the mask of the step hides it.
+    Each layer has keys and values of [rows, kv heads, capacity, head dim]. A decode step writes one position of every
+    row and reads views of the occupied rows up to the longest, so nothing is copied but where the table grows. What
+    lies beyond a row's own length is old or zero; the mask of the step hides it.
     """
 
     def __init__(self, max_rows: int, max_length: int) -> None:
@@ -111,16 +111,12 @@ class StepMask:
     def __init__(self, config: Any, max_length: int) -> None:
         kinds = set(getattr(config, "layer_types", None) or ())
         if unknown := kinds - {"full_attention", "sliding_attention"}:
-            raise UserError(
-                f"the torch engine cannot serve a {config.model_type} model: it has layers of {', '.join(sorted(unknown))}"
-            )
-        window = getattr(config, "sliding_window", None)
-        if window is not None and window >= max_length:
-            window = None
-        self._window: int | None = window
-        self._by_kind = window is not None and len(kinds) == 2
-        if kinds == {"full_attention"}:
-            self._window = None
+            kind = ", ".join(sorted(unknown))
+            raise UserError(f"the torch engine cannot serve {config.model_type}: it has layers of {kind}")
+        window: int | None = getattr(config, "sliding_window", None)
+        slides = window is not None and window < max_length and kinds != {"full_attention"}
+        self._window = window if slides else None
+        self._by_kind = len(kinds) == 2
 
     def __call__(self, positions: torch.Tensor, longest: int, dtype: torch.dtype) -> Any:
         """Additive masks of [rows, 1, 1, longest] for rows that write at `positions` [rows]."""

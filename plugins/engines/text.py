@@ -3,6 +3,7 @@
 No torch here: any engine that counts in tokens may use it.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from jinja2 import TemplateError
@@ -16,7 +17,7 @@ WINDOW = 16  # tokens decoded again for each new one: enough for the context tha
 
 @dataclass(frozen=True)
 class Voice:
-    """How a model, or an adapter of it, is spoken to: its tokenizer, with the chat template, and what ends its answers."""
+    """How a model, or an adapter of it, is spoken to: its tokenizer with the chat template, and what ends an answer."""
 
     tokenizer: Tokenizer
     ends: frozenset[int]
@@ -26,29 +27,31 @@ class Voice:
         """`eos`: the end tokens of the model's generation config; the tokenizer's and the template's are added."""
         ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
         if tokenizer.chat_template is not None:
-            try:
+            # A template that refuses a plain exchange, or does not show it as it is, says nothing about its end.
+            with suppress(TemplateError, ValueError):
                 ends.add(end_of_turn(tokenizer))
-            except TemplateError:
-                pass  # a template that refuses a plain exchange says nothing about its end
         return cls(tokenizer, frozenset(token for token in ends if token is not None))
 
     def read(self, request: GenerateRequest, vocabulary: int) -> list[int]:
         """The prompt as token ids below `vocabulary`. Raises RequestError for one that is empty or cannot be read."""
-        prompt, field = request.prompt, prompt_field(request)
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
-        elif field == "messages":
-            # The template has written the special tokens already.
-            ids = self.tokenizer(self._conversation(prompt), add_special_tokens=False)["input_ids"]
-        else:
-            ids = list(prompt)
+        field = prompt_field(request)
+        ids = self._tokens(request.prompt)
         if not ids:
             raise RequestError(f"{field} is empty", field)
         if wrong := next((token for token in ids if not 0 <= token < vocabulary), None):
             raise RequestError(f"{field}: {wrong} is not a token of this model (0 to {vocabulary - 1})", field)
-        return list(ids)
+        return ids
 
-    def _conversation(self, messages: tuple[Message, ...]) -> str:
+    def _tokens(self, prompt: str | tuple[int, ...] | tuple[Message, ...]) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        messages = [part for part in prompt if isinstance(part, Message)]
+        if messages:
+            # The template has written the special tokens already.
+            return list(self.tokenizer(self._conversation(messages), add_special_tokens=False)["input_ids"])
+        return [part for part in prompt if isinstance(part, int)]
+
+    def _conversation(self, messages: list[Message]) -> str:
         if self.tokenizer.chat_template is None:
             raise RequestError("this model has no chat template: send plain text to /v1/completions", "messages")
         try:
@@ -65,8 +68,9 @@ def prompt_field(request: GenerateRequest) -> str:
 class TextStream:
     """Tokens in, text out as soon as it is certain.
 
-    The pieces, joined, are what the tokenizer makes of all tokens at once (special tokens left out, spaces as they are),
-    up to the first stop string. Held back: characters whose bytes have not all come, and what may begin a stop string.
+    The pieces, joined, are what the tokenizer makes of all tokens at once (special tokens left out, spaces as they
+    are), up to the first stop string. Held back: characters whose bytes have not all come, and what may begin a stop
+    string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ A lesson is a function from a random source to a `Conversation`. The prompt dete
 except those in `OPEN`, so a model can be examined: `exam` deals such questions.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -210,7 +211,7 @@ FACTS = (
         (
             ("Where is the {thing}?", "behind the {furniture}", "The {thing} is behind the {furniture}."),
             ("What is behind the {furniture}?", "a {colour} {thing}", "A {colour} {thing} is behind the {furniture}."),
-            ("Whose {thing} is it?", "{who}", "It is the {thing} of {who}."),
+            ("Whose is the {thing}?", "{who}", "It is the {thing} of {who}."),
         ),
         ("Is the {thing} behind the {furniture}?",),
     ),
@@ -267,6 +268,7 @@ KEYS = {
     "feeling": "mood", "time": "time", "month": "month", "vehicle": "vehicle", "age": "age", "code": "code",
     "price": "price", "event": "event", "who2": "other name", "furniture": "spot", "town2": "goal",
 }  # fmt: skip
+SINGULAR = {"things": "thing", "animals": "animal", "foods": "food"}
 SEPARATORS = (", ", "; ", " / ", " - ", " | ", "\n", " + ", " * ", " ~ ", " & ", " > ")
 MARKS = (": ", " = ", "=", " - ", " -> ", ":", " is ")
 IN_A_SENTENCE = ("Answer in a full sentence.", "Please answer in a sentence.", "Use a full sentence.")
@@ -286,7 +288,10 @@ SMALL_TALK = (
     (("How are you?", "How are you today?", "how are you", "Are you well?"), ("I am fine, thank you. And you?",)),
     (("Thank you.", "Thanks!", "thank you", "Thanks a lot."), ("You are welcome!",)),
     (("I am fine.", "I'm good.", "Very well, thank you.", "Good."), ("I am glad to hear that.",)),
-    (("I am sad.", "I feel lonely.", "I am tired.", "I had a bad day."), ("I am sorry to hear that. I hope it gets better.",)),
+    (
+        ("I am sad.", "I feel lonely.", "I am tired.", "I had a bad day."),
+        ("I am sorry to hear that. I hope it gets better.",),
+    ),
     (
         ("What can you do?", "How can you help me?", "Can you help me?", "Help", "help me"),
         ("I can answer questions about a short text, a list or a record. I can also tell a story.",),
@@ -294,7 +299,10 @@ SMALL_TALK = (
     (("Who made you?", "Where do you come from?"), ("I was trained from nothing by the Manta project.",)),
     (("Do you like music?", "Do you like stories?", "Do you like animals?"), ("Yes, very much!",)),
     (("Tell me a joke.", "Say something funny."), ("Why did the duck cross the road? To get to the lake!",)),
-    (("What is the weather like?", "Is it raining?", "What time is it?"), ("I am sorry, I cannot see that from here.",)),
+    (
+        ("What is the weather like?", "Is it raining?", "What time is it?"),
+        ("I am sorry, I cannot see that from here.",),
+    ),
     (("OK", "Okay.", "I see.", "Great!", "Good job!", "Nice."), ("Is there anything else I can do for you?",)),
     (("No.", "No, thanks.", "Nothing."), ("All right. Just ask when you need me.",)),
     (("What does a cat say?",), ("Meow!",)),
@@ -423,18 +431,16 @@ def about_text(rng: Random) -> Conversation:
 def about_truth(rng: Random) -> Conversation:
     """Yes or no about a text: a check holds as it stands, and fails once its last word is another."""
     text, known = told(rng, rng.choice((1, 2, 3)))
+    draw = Draw(rng)
+    draw.dealt |= {word for _, slots in known for word in slots.values()}
     questions, answers = [], []
     for fact, slots in rng.sample(known, min(len(known), 2)):
         check = rng.choice(fact.checks)
-        holds = rng.random() < 0.5
-        if not holds:
-            slot = re.findall(r"{(\w+)}", check)[-1]
-            kind = {"things": "thing", "animals": "animal", "foods": "food"}.get(slot, slot)
-            draw = Draw(rng)
-            draw.dealt |= set(slots.values())
-            slots = slots | draw.slots(kind) | ({slot: draw.word(slot)} if kind == slot else {})
+        answers.append(rng.choice(("yes", "no")))
+        if answers[-1] == "no":
+            last = re.findall(r"{(\w+)}", check)[-1]
+            slots = slots | draw.slots(SINGULAR.get(last, last))
         questions.append(said(check, slots))
-        answers.append("yes" if holds else "no")
     questions[0] = asked(rng, text, questions[0] + rng.choice(("", " Answer yes or no.")))
     return talk("truth", *by_turns(questions, answers))
 
@@ -467,14 +473,19 @@ def about_record(rng: Random) -> Conversation:
     def written(fields: Slots) -> str:
         return separator.join(key + mark + value for key, value in fields.items())
 
-    key = rng.choice(list(fields))
-    new = draw.word(kinds[0])
-    changed = fields | {KEYS[kinds[0]]: new}
+    keys = list(fields)
+    key, new = rng.choice(keys), draw.word(kinds[0])
     lessons = [(f"What is the {key}?", value) for key, value in fields.items()]
-    lessons += [(f"Which field says {fields[key]}?", key), ("How many fields are there?", str(len(fields)))]
-    lessons += [("List the values.", ", ".join(fields.values())), ("List the keys.", ", ".join(fields))]
-    lessons += [("What is the first value?", fields[KEYS[kinds[0]]]), ("What is the last value?", fields[KEYS[kinds[-1]]])]
-    lessons += [(f"Change the {KEYS[kinds[0]]} to {new}.", written(changed)), ("Repeat the record.", written(fields))]
+    lessons += [
+        (f"Which field says {fields[key]}?", key),
+        ("How many fields are there?", str(len(fields))),
+        ("List the values.", ", ".join(fields.values())),
+        ("List the keys.", ", ".join(fields)),
+        ("What is the first value?", fields[keys[0]]),
+        ("What is the last value?", fields[keys[-1]]),
+        ("Repeat the record.", written(fields)),
+        (f"Change the {keys[0]} to {new}.", written(fields | {keys[0]: new})),
+    ]
     chosen = rng.sample(lessons, rng.randint(1, 4))
     # After a change one could ask about either record: let the change be last.
     chosen.sort(key=lambda lesson: lesson[0].startswith("Change"))
@@ -553,8 +564,12 @@ def about_words(rng: Random) -> Conversation:
         items = [rng.choice((str.lower, str.upper, str))(draw.word("who")) for _ in range(rng.randint(2, 8))]
     text = " ".join(items)
     at = rng.randrange(len(items))
-    lessons = [(f"Repeat: {text}", text), (f"Say this twice: {text}", f"{text} {text}"), (f"Quote: {text}", f'"{text}"')]
-    lessons += [(asked(rng, text, "What is the last word?"), items[-1])]
+    lessons = [
+        (f"Repeat: {text}", text),
+        (f"Say this twice: {text}", f"{text} {text}"),
+        (f"Quote: {text}", f'"{text}"'),
+        (asked(rng, text, "What is the last word?"), items[-1]),
+    ]
     lessons += [(asked(rng, text, f"What follows {items[at - 1]}?"), items[at])] if at else []
     return talk("words", *rng.choice(lessons))
 
@@ -600,7 +615,6 @@ def small_talk(rng: Random) -> Conversation:
         job = draw.word("job")
         system = said(f"You are {person}, a {job}.", {})
         me = said(f"I am {person}, a {job}.", {})
-    turns = list(SMALL_TALK)
     own = [
         (("Who are you?", "What is your name?", "What are you?", "who are you", "Tell me about yourself."), (me,)),
         (("My name is {who}.", "I am {who}.", "I'm {who}.", "Call me {who}."), ("Nice to meet you, {who}!",)),
@@ -609,7 +623,7 @@ def small_talk(rng: Random) -> Conversation:
         (("I have a {animal}.",), ("A {animal}! What is its name?",)),
         (("I live in {town}.",), ("{town} sounds like a nice place.",)),
     ]
-    turns = [rng.choice(turns) for _ in range(rng.randint(0, 3))] + rng.sample(own, rng.randint(0, 3))
+    turns = rng.sample(SMALL_TALK, rng.randint(0, 3)) + rng.sample(own, rng.randint(0, 3))
     rng.shuffle(turns)
     if rng.random() < 0.6 or not turns:
         turns.insert(0, GREETING)
@@ -645,10 +659,9 @@ def story(rng: Random) -> Conversation:
 
 def long_talk(rng: Random) -> Conversation:
     """Several lessons in one conversation, so that late positions are trained and old texts ignored."""
-    parts = [rng.choice(LESSONS)[0](rng) for _ in range(rng.randint(2, 4))]
-    messages = [message for part in parts for message in part.messages if message["role"] != "system"]
-    plain = all(part.messages[0]["role"] != "system" for part in parts)
-    return Conversation("long talk", messages) if plain else long_talk(rng)
+    parts = (rng.choice(LESSONS)[0](rng).messages for _ in itertools.count())
+    plain = (messages for messages in parts if messages[0]["role"] == "user")
+    return Conversation("long talk", [*itertools.chain(*itertools.islice(plain, rng.randint(2, 4)))])
 
 
 LESSONS: tuple[tuple[Callable[[Random], Conversation], float], ...] = (

@@ -1,6 +1,6 @@
 """Make the demo base from nothing: a tokenizer, and a small Llama pretrained on the language beside this file.
 
-    python scripts/demo_base/pretrain.py [--out DIR] [--minutes M | --steps N] [--seed S]
+    python scripts/demo_base/pretrain.py [--out DIR] [--minutes M | --steps N] [--seed S] [--questions Q]
 
 Writes what `AutoModelForCausalLM` and `AutoTokenizer` load, and prints how good it is on conversations held out.
 """
@@ -9,7 +9,7 @@ import argparse
 import itertools
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -31,7 +31,7 @@ TEMPLATE = (
 )
 VOCABULARY = 1536
 CONTEXT = 1024
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 PEAK_LR = 3e-3
 PROMPT_WEIGHT = 0.3  # what a user says is invented and mostly cannot be foretold; the answers can
 
@@ -73,8 +73,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             hidden_size=256,
             intermediate_size=512,
             num_hidden_layers=5,
-            num_attention_heads=8,
-            num_key_value_heads=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
             max_position_embeddings=CONTEXT,
             rope_theta=10_000.0,
             tie_word_embeddings=True,
@@ -100,26 +100,31 @@ def encode(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> Examp
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, talks: Iterator[Conversation], rng: Random) -> Iterator[list[Example]]:
-    """Batches of at most `BATCH_TOKENS` with padding; each holds conversations of like length, so there is little."""
+    """Batches of about `BATCH_TOKENS` with padding; each holds conversations of like length, so there is little."""
     while True:
-        examples = sorted(
-            (encode(tokenizer, talk.messages) for talk in itertools.islice(talks, 2000)),
-            key=lambda example: len(example[0]),
-        )
-        packed: list[list[Example]] = [[]]
-        for example in examples:
-            if (len(packed[-1]) + 1) * len(example[0]) > BATCH_TOKENS:
-                packed.append([])
-            packed[-1].append(example)
-        rng.shuffle(packed)
-        yield from packed
+        waiting: dict[int, list[Example]] = defaultdict(list)
+        ready: list[list[Example]] = []
+        for talk in itertools.islice(talks, 4000):
+            example = encode(tokenizer, talk.messages)
+            length = padded(len(example[0]))
+            waiting[length].append(example)
+            if len(waiting[length]) * length >= BATCH_TOKENS:
+                ready.append(waiting.pop(length))
+        rng.shuffle(ready)
+        yield from ready
+
+
+def padded(tokens: int) -> int:
+    """The length to pad to: there are few lengths, because a CPU plans its kernels anew for each."""
+    return math.ceil((tokens - 1) / 32) * 32 + 1
 
 
 def losses(model: LlamaForCausalLM, batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """The negative log likelihood (nats) and the weight of every next token of the batch, both flat."""
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in batch], batch_first=True)
-    weights = torch.nn.utils.rnn.pad_sequence([torch.tensor(weights) for _, weights in batch], batch_first=True)
     # Padding stands on the right, where causal attention keeps it from mattering; its weight is 0.
+    length = padded(max(len(ids) for ids, _ in batch))
+    ids = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in batch])
+    weights = torch.tensor([weights + [0.0] * (length - len(weights)) for _, weights in batch])
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=ids[:, :-1]).logits
     nats = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -175,7 +180,8 @@ def train(
         tokens += sum(len(ids) for ids, _ in batch)
         if now - last > 10:
             last = now
-            print(f"step {step}  {done:4.0%}  loss {loss.item():.3f}  {tokens / (now - begin):,.0f} tokens/s", flush=True)
+            speed = tokens / (now - begin)
+            print(f"step {step}  {done:4.0%}  loss {loss.item():.3f}  {speed:,.0f} tokens/s", flush=True)
     model.eval()
     return step - 1
 
@@ -229,7 +235,7 @@ def examine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, ques
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """The model (bf16) and its tokenizer, as transformers keeps them."""
-    model.to(torch.bfloat16).save_pretrained(out)  # type: ignore[arg-type]
+    model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
@@ -240,6 +246,7 @@ def main() -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=None, help="train for so long (default: 20)")
     length.add_argument("--steps", type=int, default=None, help="train for so many steps instead")
+    parser.add_argument("--questions", type=int, default=450, help="examine with so many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     minutes = 20.0 if args.minutes is None and args.steps is None else args.minutes
@@ -256,7 +263,7 @@ def main() -> None:
     model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32)
     perplexity, unigram = perplexities(model, tokenizer, talks=300)
     print(f"held-out perplexity {perplexity:.2f}, of the unigram model {unigram:.1f}")
-    marks = examine(model, tokenizer, questions=450)
+    marks = examine(model, tokenizer, questions=args.questions)
     print("exact answers: " + ", ".join(f"{lesson} {share:.3f}" for lesson, share in marks.items()))
 
 

@@ -1,0 +1,101 @@
+"""The Serve tab: deploy a config, see what is served, stop it."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from plugins.loading import load_config
+from plugins.spec import UserError
+from ui.client import Platform
+from ui.tabs.configs import chosen, config_choice, idle, working
+from ui.tabs.mistakes import mistakes
+
+if TYPE_CHECKING:
+    from serve.config import ServeConfig
+
+
+def serve_tab(page: gr.Blocks, platform: Platform) -> None:
+    """Render the tab into `page`."""
+
+    def begin(path: str | None, overrides: str) -> Iterator[str]:
+        with mistakes():
+            yield from deploy(platform, *chosen(path, overrides))
+
+    def look() -> list[Any]:
+        return served(platform)
+
+    def connect_and_look() -> list[Any]:
+        with mistakes():
+            platform.attach()
+            return served(platform)
+
+    def stop(application: str | None) -> str:
+        with mistakes():
+            if application is None:
+                raise UserError("choose what to stop")
+            platform.stop(application)
+        return f"Stopped `{application}`."
+
+    with gr.Tab("Serve") as tab, gr.Row():
+        with gr.Column(scale=2, min_width=360):
+            choice = config_choice("configs/serve", load, action="Deploy", example="port=8001")
+            progress = gr.Markdown()
+        with gr.Column(scale=3, min_width=480):
+            state = gr.Markdown()
+            models = gr.Dataframe(headers=["Model"], show_label=False, interactive=False, buttons=[], visible=False)
+            with gr.Row():
+                applications = gr.Dropdown([], show_label=False, container=False, scale=4, visible=False)
+                stop_it = gr.Button("Stop serving", variant="stop", scale=1, min_width=120, visible=False)
+            with gr.Row():
+                refresh = gr.Button("Refresh", size="sm", scale=0, min_width=160)
+    shown = [models, applications, stop_it, state]
+    hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    page.load(look, None, shown, **hidden)
+    tab.select(look, None, shown, **hidden)
+    refresh.click(connect_and_look, None, shown, **hidden)
+    stop_it.click(stop, applications, progress, **hidden).then(look, None, shown, **hidden)
+    deploying = choice.act.click(working("Deploying …"), None, choice.act, **hidden)
+    deployed = deploying.then(begin, choice.inputs, progress, concurrency_limit=1, **hidden)
+    deployed.then(idle("Deploy"), None, choice.act, **hidden).then(look, None, shown, **hidden)
+
+
+def load(path: Path, overrides: list[str]) -> "ServeConfig":
+    from serve.config import ServeConfig
+
+    return load_config(path, ServeConfig, overrides)
+
+
+def deploy(platform: Platform, path: Path, overrides: list[str]) -> Iterator[str]:
+    """Serve a config; yields how it goes."""
+    config = load(path, overrides)
+    worker = ThreadPoolExecutor(1, thread_name_prefix="deploy")
+    deploying = worker.submit(platform.serve, config)
+    worker.shutdown(wait=False)
+    began = time.monotonic()
+    while not deploying.done():
+        yield f"Deploying `{config.name}`: {time.monotonic() - began:.0f} s"
+        wait([deploying], timeout=1)
+    models = deploying.result()
+    yield f"Serving {', '.join(f'`{model}`' for model in models)} after {time.monotonic() - began:.0f} s."
+
+
+def served(platform: Platform) -> list[Any]:
+    """Updates of what is shown: the models, the applications, the button that stops one, and a heading."""
+    try:
+        models, state = platform.models(), f"At {platform.url}/v1, in OpenAI's format."
+    except UserError:
+        models, state = [], f"Nothing is served at {platform.url} yet."
+    status = platform.status() if platform.is_connected() else None
+    applications = [(f"{one.name}, {one.state.lower()}", one.name) for one in status.applications] if status else []
+    first = applications[0][1] if applications else None
+    return [
+        gr.Dataframe([[model] for model in models], visible=bool(models)),
+        gr.Dropdown(applications, value=first, visible=bool(applications)),
+        gr.Button(visible=bool(applications)),
+        f"### Served\n{state}",
+    ]
