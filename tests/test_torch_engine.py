@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import json
 import shutil
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,8 +77,7 @@ def run(engine: TorchEngine, *parts: Callable[[], Awaitable[Any]]) -> list[Any]:
 
 
 def ask(engine: TorchEngine, prompt: Any, **changes: Any) -> Delta:
-    (only,) = run(engine, lambda: answer(engine, prompt, **changes))
-    return only
+    return asyncio.run(asyncio.wait_for(answer(engine, prompt, **changes), 60))
 
 
 def generated(model: Path, prompt: str, adapter: Path | None = None, max_tokens: int = 24) -> str:
@@ -90,7 +91,7 @@ def generated(model: Path, prompt: str, adapter: Path | None = None, max_tokens:
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     options = {"do_sample": False, "max_new_tokens": max_tokens, "eos_token_id": ENDS, "pad_token_id": 0}
     ids = net.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 # The answers are right
@@ -146,7 +147,7 @@ def test_a_long_prompt_is_read_in_pieces_and_others_go_on(
 
 
 def architecture(name: str) -> Any:
-    small = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    small: dict[str, Any] = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
     small |= {"initializer_range": 0.3, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
     sliding = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
@@ -177,7 +178,8 @@ def architecture(name: str) -> Any:
         "mixtral, experts",
     ],
 )
-def test_other_architectures(tmp_path: Path, name: str) -> None:
+def test_other_architectures(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "PIECE", 12)  # the longest of the prompts comes in several pieces
     model = small_models.save_model(tmp_path / "model", architecture(name))
     engine = start(model)
     try:
@@ -207,7 +209,9 @@ def test_text_comes_as_it_is_made(engine: TorchEngine) -> None:
     assert len(deltas) > 10
     assert counts[0] < 10
     assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
-    assert {delta.prompt_tokens for delta in deltas} == {len(small_models.tokenizer()("the quick brown fox")["input_ids"])}
+    assert {delta.prompt_tokens for delta in deltas} == {
+        len(small_models.tokenizer()("the quick brown fox")["input_ids"])
+    }
 
 
 def test_a_slow_consumer_gets_longer_pieces(engine: TorchEngine) -> None:
@@ -275,21 +279,19 @@ async def _drain(stream: AsyncIterator[Delta]) -> None:
 
 def test_the_event_loop_goes_on_while_the_model_computes(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that does not end until the event loop has done something: it would wait for ever if it blocked the loop."""
-    import threading
-
-    stepping, ticked, step = threading.Event(), threading.Event(), decoding.Decoder.step
-
-    def slow(self: Any) -> torch.Tensor:
-        stepping.set()
-        assert ticked.wait(20)
-        return step(self)
-
-    monkeypatch.setattr(decoding.Decoder, "step", slow)
+    ticked, step = threading.Event(), decoding.Decoder.step
 
     async def main() -> Delta:
+        loop, stepping = asyncio.get_running_loop(), asyncio.Event()
+
+        def slow(self: Any) -> torch.Tensor:
+            loop.call_soon_threadsafe(stepping.set)
+            assert ticked.wait(20)
+            return step(self)
+
+        monkeypatch.setattr(decoding.Decoder, "step", slow)
         running = asyncio.ensure_future(answer(engine, "hello", max_tokens=3))
-        while not stepping.is_set():
-            await asyncio.sleep(0.001)
+        await stepping.wait()
         ticked.set()
         return await running
 
@@ -431,7 +433,11 @@ def test_pieces_of_sentencepiece_text_keep_their_spaces() -> None:
     tokenizer = byte_fallback_tokenizer()
     token = tokenizer.get_vocab()
     euro = [token[f"<0x{byte:02X}>"] for byte in "€🙂東".encode()]
-    ids = [token["▁"], *[token["▁hello"], token["▁world"], token["s"], token["!"], *euro, token["▁"]] * 8, token["</s>"]]
+    ids = [
+        token["▁"],
+        *[token["▁hello"], token["▁world"], token["s"], token["!"], *euro, token["▁"]] * 8,
+        token["</s>"],
+    ]
     got = pieces(tokenizer, [token["<s>"], *ids])
     assert "".join(got) == tokenizer.decode(ids, skip_special_tokens=True) == (" hello worlds!€🙂東 " * 8)
     assert not any("\ufffd" in piece for piece in got)
@@ -548,15 +554,20 @@ def test_an_adapter_that_cannot_be_served_is_refused_and_leaves_no_trace(
     (tmp_path / "empty" / "adapter").mkdir(parents=True)
     headless = shutil.copytree(runs[0], tmp_path / "headless")
     (headless / "adapter" / "adapter_model.safetensors").unlink()
+    half = shutil.copytree(runs[0], tmp_path / "half")  # of its targets, the second is nothing for LoRA
+    config = json.loads((half / "adapter" / "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj", "input_layernorm"]
+    (half / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     refused = {
         tmp_path / "nowhere": "no such directory",
         tmp_path / "full": "full finetune, not an adapter",
         tmp_path / "unfinished": "has no adapter/",
         tmp_path / "empty": "no adapter_config.json",
-        headless: "no readable weights",
+        headless: "cannot be read",
         small_models.save_lora_run(tmp_path / "w", other): "does not fit the base: size mismatch",
         small_models.save_lora_run(tmp_path / "d", deep): r"does not fit the base.*layers\.2",
         small_models.save_lora_run(tmp_path / "dora", base, use_dora=True): "is DoRA",
+        half: "does not fit the base",
     }
     for directory, words in refused.items():
         with pytest.raises(UserError, match=words) as caught:
@@ -603,7 +614,7 @@ def test_a_chat_needs_a_template_that_takes_it(base: Path, tmp_path: Path) -> No
         ask_once(model, (Message("user", "hi"),))
     assert caught.value.param == "messages"
     (model / "chat_template.jinja").unlink()
-    with pytest.raises(RequestError, match="no chat template.*/v1/completions"):
+    with pytest.raises(RequestError, match=r"no chat template.*/v1/completions"):
         ask_once(model, (Message("user", "hi"),))
 
 

@@ -29,7 +29,10 @@ def open_page(platform: Platform, *, host: str, port: int) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what Ray started is stopped then too
     log.info("the page is on http://%s:%d; Ctrl-C closes it", host, port)
-    server.run(sockets=[listener])
+    try:
+        server.run(sockets=[listener])
+    finally:
+        platform.disconnect()
 
 
 def application(platform: Platform) -> FastAPI:

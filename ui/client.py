@@ -6,8 +6,8 @@ The only module of the faces that talks to Ray Jobs, Serve and the endpoints.
 import json
 import shlex
 import sys
-import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -64,7 +64,9 @@ class Platform:
 
     def __init__(self, url: str = DEFAULT_URL) -> None:
         self.url = url.rstrip("/")
-        self._connecting = threading.Lock()  # the web page calls from many threads, and Ray connects once
+        # What Ray starts is killed when the thread that started it ends, and the web page calls from threads that come
+        # and go: so all connect on one that stays.
+        self._connecting = ThreadPoolExecutor(1, thread_name_prefix="ray")
 
     # finetuning
 
@@ -201,16 +203,21 @@ class Platform:
 
     def attach(self) -> bool:
         """Connect to the cluster that runs here; returns whether there is one."""
-        with self._connecting:
-            return cluster.attach()
+        return self._connecting.submit(cluster.attach).result()
 
     def connect(self) -> bool:
         """The same, but where there is no cluster one is started, which lives as long as this process.
 
         Returns whether it was started.
         """
-        with self._connecting:
-            return cluster.connect()
+        return self._connecting.submit(cluster.connect).result()
+
+    def disconnect(self) -> None:
+        """Leave the cluster, if this process is connected to one. A cluster that this process started stops."""
+        if self.is_connected():
+            import ray
+
+            self._connecting.submit(ray.shutdown).result()
 
     def is_connected(self) -> bool:
         """Whether this process is connected to a cluster already. Unlike `attach` it costs nothing: no import of Ray."""

@@ -38,7 +38,7 @@ class Adapters:
             else:
                 self._peft.add_adapter(key, config, autocast_adapter_dtype=False)
             result: Any = peft.set_peft_model_state_dict(self._peft, weights, adapter_name=key)
-        except (ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:
             self.remove(key)
             raise UserError(f"adapter {directory} does not fit the base: {_one_line(error)}") from error
         unpaired = [name for name in result.missing_keys if f".{key}." in name] + list(result.unexpected_keys)
@@ -49,28 +49,42 @@ class Adapters:
 
     def remove(self, key: str) -> None:
         """Take `key` out of the model; with the last one goes all of PEFT."""
-        if self._peft is None or key not in self._peft.peft_config:
-            return
-        # Deleted first: `unload` would leave the active adapter's `modules_to_save` in the base.
-        self._peft.delete_adapter(key)
-        if not self._peft.peft_config:
-            self._peft.unload()
-            self._peft = None
+        if self._peft is not None and key in self._peft.peft_config:
+            self._peft.delete_adapter(key)
+        if self._peft is None or not self._peft.peft_config:
+            self._restore()
         self._hook()
+
+    def _restore(self) -> None:
+        """Put the base's own layers back. PEFT's `unload` needs a whole PeftModel, and there is none where it failed."""
+        from peft.tuners.lora import LoraLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        own: dict[str, torch.nn.Module] = {}
+        for name, module in self._model.named_modules():
+            if isinstance(module, LoraLayer):
+                own[name] = module.get_base_layer()
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                own[name] = module.original_module
+        for name, layer in own.items():
+            if not any(name.startswith(f"{outer}.") for outer in own):
+                self._model.set_submodule(name, layer)
+        vars(self._model).pop("peft_config", None)
+        self._peft = None
 
     def _read(self, directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
         import peft
 
         if not (directory / "adapter_config.json").is_file():
             raise UserError(f"{directory} is not an adapter: it has no adapter_config.json")
-        config: Any = peft.PeftConfig.from_pretrained(str(directory))
+        try:
+            config: Any = peft.PeftConfig.from_pretrained(str(directory))
+            weights = peft.load_peft_weights(str(directory), device="cpu")
+        except Exception as error:
+            raise UserError(f"adapter {directory} cannot be read: {_one_line(error)}") from error
         if config.peft_type != peft.PeftType.LORA or config.use_dora:
             kind = "DoRA" if config.peft_type == peft.PeftType.LORA else config.peft_type.value
             raise UserError(f"adapter {directory} is {kind}: only plain LoRA can be served beside the base; merge it")
-        try:
-            weights = peft.load_peft_weights(str(directory), device="cpu")
-        except (OSError, ValueError) as error:
-            raise UserError(f"adapter {directory} has no readable weights: {_one_line(error)}") from error
         own = [f".{name}." for name in config.modules_to_save or ()] + [".lora_"]
         # Resized embeddings are saved with an adapter; loading them would change the base for everyone.
         if foreign := next((name for name in weights if not any(part in name for part in own)), None):

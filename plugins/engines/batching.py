@@ -179,7 +179,7 @@ class Batcher:
             if done.set_running_or_notify_cancel():
                 try:
                     job()
-                except Exception as error:  # noqa: BLE001: it goes to the caller, who waits for it
+                except Exception as error:  # noqa: BLE001 - it goes to the caller, who waits for it
                     done.set_exception(error)
                 else:
                     done.set_result(None)
