@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetune.config import FinetuneConfig, Full, Lora
 from plugins import hardware
+from plugins.pretrained import load
 from plugins.spec import UserError, choices
 from plugins.template import PLAIN, Tokenizer
 from plugins.types import ModelSource
@@ -18,7 +19,7 @@ ADAPTER, MODEL = "adapter", "model"
 
 def load_tokenizer(source: ModelSource) -> Tokenizer:
     """The base's tokenizer; one that has no chat template gets a plain one. Raises UserError where there is none."""
-    tokenizer: Any = _load(AutoTokenizer, source, "tokenizer")
+    tokenizer: Any = load(AutoTokenizer, source)
     if not tokenizer.is_fast:
         raise UserError(f"model.path = {source.path!r}: its tokenizer has no tokenizer.json, and a fast one is needed")
     if tokenizer.chat_template is None:
@@ -32,7 +33,7 @@ def outline(config: FinetuneConfig) -> torch.nn.Module:
 
     Raises UserError for a directory or hub id that holds no model, and for LoRA targets that the model does not have.
     """
-    settings = _load(AutoConfig, config.model, "config.json")
+    settings = load(AutoConfig, config.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.model.trust_remote_code)
     return _with_method(model, config.method)
@@ -46,7 +47,7 @@ def build(config: FinetuneConfig, device: torch.device) -> torch.nn.Module:
     frozen_dtype = torch.float32
     if isinstance(config.method, Lora) and device.type == "cuda":
         frozen_dtype = hardware.compute_dtype(config.model.dtype, device)
-    model = _load(AutoModelForCausalLM, config.model, "model", dtype=frozen_dtype)
+    model = load(AutoModelForCausalLM, config.model, dtype=frozen_dtype)
     return _with_method(model, config.method).to(device)
 
 
@@ -87,16 +88,3 @@ def _with_method(model: Any, method: Lora | Full) -> torch.nn.Module:
     )
     adapted: torch.nn.Module = peft.get_peft_model(model, lora)
     return adapted.train()
-
-
-def _load(loader: Any, source: ModelSource, what: str, **options: Any) -> Any:
-    if source.is_local and not Path(source.path).expanduser().is_dir():
-        raise UserError(f"model.path = {source.path!r}: no such directory")
-    path = str(Path(source.path).expanduser()) if source.is_local else source.path
-    try:
-        return loader.from_pretrained(
-            path, revision=source.revision, trust_remote_code=source.trust_remote_code, **options
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path = {source.path!r} has no {what} that can be loaded: {reason}") from error

@@ -4,6 +4,7 @@ The one plug-in module that imports Ray, and only inside the functions that conn
 """
 
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,13 +57,31 @@ def attach() -> bool:
 
     if ray.is_initialized():
         return True
-    try:
-        _init("auto")
-    except ConnectionError as error:
-        if "RAY_ADDRESS" in os.environ:
-            raise UserError(f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']!r}: no Ray cluster answers there") from error
+    address = _running_cluster()
+    if address is None:
         return False
+    _init(address)
     return True
+
+
+def _running_cluster() -> str | None:
+    """The address of the cluster to use, if one answers. Ray itself would wait for minutes for one that died."""
+    from ray._private.services import canonicalize_bootstrap_address  # what `address="auto"` resolves to
+
+    try:
+        address: str | None = canonicalize_bootstrap_address("auto")
+    except ConnectionError:
+        return None
+    if address is None:  # RAY_ADDRESS=local asks for a cluster of one's own
+        return None
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        if os.environ.get("RAY_ADDRESS"):
+            raise UserError(f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']!r}: no Ray cluster answers there") from error
+        return None
+    return address
 
 
 def _init(address: str) -> None:

@@ -6,6 +6,7 @@ from plugins.spec import UserError
 from plugins.types import ModelSource
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def check_model_files(source: ModelSource, field: str) -> None:
@@ -20,7 +21,11 @@ def check_model_files(source: ModelSource, field: str) -> None:
         raise UserError(f"{named}: no config.json there, so it is not a model directory")
     if not any(True for pattern in WEIGHTS for _ in directory.glob(pattern)):
         raise UserError(f"{named}: no weights there ({' or '.join(WEIGHTS)})")
-    if not (directory / "tokenizer.json").is_file():
+    if not has_tokenizer(directory):
         raise UserError(
             f"{named}: no tokenizer there; put the model's tokenizer.json and tokenizer_config.json beside it"
         )
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in TOKENIZERS)

@@ -52,10 +52,12 @@ def end_of_turn(tokenizer: Tokenizer, template: str | None = None) -> int | None
     """The id of the token that closes an assistant's turn: the first special token that the template puts after it.
 
     Often eos, but not always: a ChatML model may have eos <|endoftext|> and end its turns with <|im_end|>. None where
-    the template closes a turn with plain text only; then eos has to be appended.
+    the template closes a turn with plain text only (then eos has to be appended), or does not write what is said.
     """
     probe = "probe"
     text = conversation_text(tokenizer, [Message("user", "hi"), Message("assistant", probe)], template=template)
+    if probe not in text:
+        return None
     after = text[text.rindex(probe) + len(probe) :]
     ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids)

@@ -87,7 +87,8 @@ def find_adapters(config: ServeConfig, root: Path) -> dict[str, dict[str, str]]:
 
 def _matching(entry: str, model: ServedModel, root: Path, field: str) -> list[Run]:
     if any(mark in entry for mark in "*?["):
-        runs = [read_run(path) for path in sorted(root.glob(entry)) if path.is_dir()]
+        pattern = (root / Path(entry).expanduser()).absolute()
+        runs = [read_run(path) for path in sorted(Path("/").glob(str(pattern)[1:])) if path.is_dir()]
         return [run for run in runs if _fits(run, model)]
     run = read_run(root / Path(entry).expanduser())
     if run.manifest is None:

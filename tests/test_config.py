@@ -63,8 +63,8 @@ def test_a_processor_of_the_users_own_is_pickled_by_value(tmp_path: Path) -> Non
 
     loaded = load_config(path, FinetuneConfig)
     (tmp_path / "pickle").write_bytes(cloudpickle.dumps(loaded))
-    code = f"import pickle; c = pickle.loads(open({str(tmp_path / 'pickle')!r}, 'rb').read()); print(c.data.processor({{}}, None))"
-    assert "input_ids=[1, 2]" in run(code)
+    unpickle = f"import pickle; config = pickle.loads(open({str(tmp_path / 'pickle')!r}, 'rb').read())\n"
+    assert "input_ids=[1, 2]" in run(unpickle + "print(config.data.processor({}, None))")
 
 
 @pytest.mark.parametrize(

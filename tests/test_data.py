@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from finetune import Data
 from finetune.data import Examples, collate, evaluation_batches, prepare, training_batches
 from plugins.data import Chat, Completion, Csv, Hub, Instruct, Jsonl, Parquet, Source
-from finetune import Data
 from plugins.spec import UserError
 from plugins.template import PLAIN, conversation_text, end_of_turn
 from plugins.types import IGNORE, Example, Message
@@ -196,7 +196,10 @@ def test_a_blank_line_does_not_shift_the_line_that_an_error_names(files: dict[st
         (None, "no file at"),
         ("", "is empty"),
         ("\n\n", "has no rows"),
-        ('{"instruction": "a", "output": "b"}\n{"instruction": "a"}', "line 2: has no field 'output' (fields: instruction)"),
+        (
+            '{"instruction": "a", "output": "b"}\n{"instruction": "a"}',
+            "line 2: has no field 'output' (fields: instruction)",
+        ),
         ('{"instruction": "a", "output": 3}', "line 1: field 'output' must be text, found 3"),
         ("{", "line 1: not JSON"),
         ("[1]", "line 1: a JSON object is needed, found list"),
@@ -227,7 +230,11 @@ def test_other_wrong_files_are_one_line_too(tmp_path: Path) -> None:
 
 
 def test_long_rows_are_cut_and_rows_without_labels_left_out_and_both_counted(tmp_path: Path) -> None:
-    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b " * 200}, {"instruction": "a " * 200, "output": "b"}]
+    rows = [
+        {"instruction": "a", "output": "b"},
+        {"instruction": "a", "output": "b " * 200},
+        {"instruction": "a " * 200, "output": "b"},
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tok = tokenizer("<|im_end|>", CHATML)
     data = Data(source=Jsonl(str(tmp_path / "rows.jsonl")), processor=Instruct(), max_length=60)
@@ -260,7 +267,9 @@ def test_a_step_sees_the_same_rows_however_it_is_portioned(batch_size: int, accu
 
     def step(size: int, parts: int, ranks: int, number: int) -> list[int]:
         streams = [
-            training_batches(data, batch_size=size, accumulate=parts, rank=r, world_size=ranks, seed=5, first_step=number)
+            training_batches(
+                data, batch_size=size, accumulate=parts, rank=r, world_size=ranks, seed=5, first_step=number
+            )
             for r in range(ranks)
         ]
         return sorted(row for stream in streams for row in rows_of(next(stream)))
@@ -270,7 +279,9 @@ def test_a_step_sees_the_same_rows_however_it_is_portioned(batch_size: int, accu
 
 
 def test_every_epoch_sees_each_row_once_in_a_new_order() -> None:
-    stream = training_batches(examples([2] * 10), batch_size=5, accumulate=1, rank=0, world_size=1, seed=0, first_step=0)
+    stream = training_batches(
+        examples([2] * 10), batch_size=5, accumulate=1, rank=0, world_size=1, seed=0, first_step=0
+    )
     first, second = ([*rows_of(next(stream)), *rows_of(next(stream))] for _ in range(2))
     assert sorted(first) == sorted(second) == list(range(100, 110))
     assert first != second
@@ -284,7 +295,10 @@ def test_padding_is_masked_and_carries_no_label() -> None:
 
 @pytest.mark.parametrize("count", [1, 4, 7, 8, 9])
 def test_evaluation_sees_each_row_once_and_all_ranks_go_equally_far(count: int) -> None:
-    shares = [list(evaluation_batches(examples(list(range(2, count + 2))), batch_size=2, rank=r, world_size=2)) for r in range(2)]
+    shares = [
+        list(evaluation_batches(examples(list(range(2, count + 2))), batch_size=2, rank=r, world_size=2))
+        for r in range(2)
+    ]
     assert len(shares[0]) == len(shares[1])
     seen = [
         int(row[0])

@@ -228,4 +228,3 @@ def test_routes_are_bases_and_their_runs() -> None:
     assert find_route("a:y", routes).adapter == "y"
     with pytest.raises(UnknownModelError, match="a:x"):
         find_route("a:z", routes)
-

@@ -122,7 +122,9 @@ def test_a_batch_of_8_is_2_x_4_is_two_ranks_of_4(config: FinetuneConfig, tmp_pat
 
 def test_the_loss_is_the_mean_over_labelled_tokens_by_hand(config: FinetuneConfig) -> None:
     trainee = Trainee(config, rows_of(config))
-    batch = next(training_batches(trainee.rows.train, batch_size=8, accumulate=1, rank=0, world_size=1, seed=0, first_step=0))[0]
+    batch = next(
+        training_batches(trainee.rows.train, batch_size=8, accumulate=1, rank=0, world_size=1, seed=0, first_step=0)
+    )[0]
     total, count = 0.0, 0
     for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
         length = int(mask.sum())  # each row alone, without padding, in float64
@@ -231,12 +233,12 @@ def test_preflight_names_what_a_model_directory_lacks(
 
 
 def test_preflight_knows_the_models_layers_and_positions(config: FinetuneConfig, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="method.targets = 'q_prj': no such linear layer; did you mean 'q_proj'"):
+    with pytest.raises(UserError, match=r"method\.targets = 'q_prj': no such linear layer; did you mean 'q_proj'"):
         preflight.check(replace(config, method=Lora(targets=("q_prj",))), tmp_path)
     rows = tmp_path / "long.jsonl"
     rows.write_text(json.dumps({"instruction": "x", "output": "word " * 300}))
     long = replace(config, data=Data(source=Jsonl(str(rows)), processor=Instruct(), max_length=1000))
-    with pytest.raises(UserError, match="set data.max_length=256"):
+    with pytest.raises(UserError, match=r"set data\.max_length=256"):
         preflight.check(long, tmp_path)
 
 

@@ -696,10 +696,10 @@ def test_what_is_not_a_model_is_refused_in_one_line(base: Path, tmp_path: Path) 
     (unconfigured / "config.json").unlink()
     refused = {
         str(tmp_path / "nowhere"): "no such directory",
-        str(empty): "has no",
-        str(unconfigured): "has no config.json",
-        str(weightless): "cannot load model",
-        str(mute): "has no tokenizer",
+        str(empty): "no config.json",
+        str(unconfigured): "no config.json",
+        str(weightless): "no weights",
+        str(mute): "no tokenizer",
         "nobody/no-such-model": "cannot load",
     }
     for path, words in refused.items():

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 def open_page(platform: Platform, *, host: str, port: int) -> None:
     """Serve the page on http://host:port until interrupted. A cluster that the page started stops with it."""
+    # Read when Ray is imported. Else a call that is late, after Ray was shut down, would start a second cluster.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     listener = _listen(host, port)
     server = uvicorn.Server(
         uvicorn.Config(application(platform), log_level="warning", timeout_graceful_shutdown=1, access_log=False)
@@ -32,6 +34,7 @@ def open_page(platform: Platform, *, host: str, port: int) -> None:
     try:
         server.run(sockets=[listener])
     finally:
+        signal.alarm(0)  # Ray takes SIGTERM for a failure, and would abort this process 3 seconds later
         platform.disconnect()
 
 
@@ -101,4 +104,5 @@ def _theme() -> gr.themes.Base:
 
 _CSS = """
 footer {display: none !important}
+.log textarea {font-family: var(--font-mono); font-size: var(--text-sm)}
 """

@@ -22,6 +22,7 @@ from plugins.spec import UserError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
+    from ray.serve.schema import ApplicationStatusOverview
 
     from finetune.config import FinetuneConfig
     from serve.config import ServeConfig
@@ -156,7 +157,7 @@ class Platform:
             size=cluster.size(nodes),
             free_cpus=ray.available_resources().get("CPU", 0.0),
             jobs=self.jobs(),
-            applications=[Application(name, app.status.value, app.message) for name, app in applications.items()],
+            applications=[Application(name, app.status.value, _message(app)) for name, app in applications.items()],
         )
 
     def jobs(self) -> list[Job]:
@@ -262,6 +263,13 @@ def _error_message(response: httpx.Response) -> str:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return f"{response.request.url} answers {response.status_code}: {response.text[:200]}"
+
+
+def _message(application: "ApplicationStatusOverview") -> str:
+    """What is wrong with an application: Serve has the reason at the end of what its deployments say."""
+    said = {name: one.message.rstrip().splitlines() for name, one in application.deployments.items()}
+    failed = [name for name, one in application.deployments.items() if "FAILED" in one.status.value and said[name]]
+    return "; ".join(f"{name}: {said[name][-1]}" for name in failed) or application.message
 
 
 def _text(chunk: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from plugins.engines.pretrained import first_line
+from plugins.pretrained import first_line
 from plugins.spec import UserError
 
 NONE = "__base__"  # PEFT's name for a row without an adapter

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from plugins.engines.adapters import NONE, Adapters
 from plugins.engines.kv_cache import KVCache, StepMask
-from plugins.engines.pretrained import first_line
+from plugins.pretrained import first_line
 from plugins.spec import UserError
 
 PIECE = 512  # tokens of prompts read between two steps of the batch: longer is faster, and makes the others wait longer

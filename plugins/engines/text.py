@@ -27,8 +27,8 @@ class Voice:
         """`eos`: the end tokens of the model's generation config; the tokenizer's and the template's are added."""
         ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
         if tokenizer.chat_template is not None:
-            # A template that refuses a plain exchange, or does not show it as it is, says nothing about its end.
-            with suppress(TemplateError, ValueError):
+            # A template that refuses a plain exchange says nothing about its end.
+            with suppress(TemplateError):
                 ends.add(end_of_turn(tokenizer))
         return cls(tokenizer, frozenset(token for token in ends if token is not None))
 

@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from plugins import hardware
 from plugins.engines.adapters import NONE
 from plugins.engines.batching import Batcher, Sequence
 from plugins.engines.decoding import Decoder
-from plugins.engines.pretrained import has_tokenizer, load_model, load_tokenizer
 from plugins.engines.text import Voice, prompt_field
+from plugins.model_files import check_model_files, has_tokenizer
+from plugins.pretrained import load
 from plugins.spec import UserError, choices
 from plugins.types import Delta, GenerateRequest, ModelSource, RequestError
 
@@ -39,7 +43,8 @@ class TorchEngine:
 
     def __init__(self, source: ModelSource, *, max_batch: int, max_length: int | None, cpus: float) -> None:
         hardware.use_threads(cpus)
-        tokenizer, model = load_tokenizer(source), load_model(source)
+        check_model_files(source, "source.path")
+        tokenizer, model = load(AutoTokenizer, source), _load_model(source)
         self._source = source
         self._eos: int | list[int] | None = model.generation_config.eos_token_id
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
@@ -126,10 +131,18 @@ class TorchEngine:
             raise UserError(f"run {run} has no adapter/: it is not a finished LoRA run")
         if not has_tokenizer(run):
             return run / "adapter", self._base.voice
-        tokenizer = load_tokenizer(dataclasses.replace(self._source, path=str(run.absolute()), revision=None))
+        tokenizer = load(AutoTokenizer, dataclasses.replace(self._source, path=str(run.absolute()), revision=None))
         if len(tokenizer) > self._tokens:
             raise UserError(f"run {run} does not fit the base: it has {len(tokenizer)} tokens, the base {self._tokens}")
         return run / "adapter", Voice.of(tokenizer, self._eos)
+
+
+def _load_model(source: ModelSource) -> Any:
+    """The model of `source` on this process's device, in its compute dtype."""
+    device = hardware.device()
+    name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    model = load(AutoModelForCausalLM, source, **{name: hardware.compute_dtype(source.dtype, device)})
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _length(config: Any, wanted: int | None) -> int:

@@ -195,7 +195,8 @@ def perplexities(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *,
     total, counts = 0.0, Counter[int]()
     with torch.inference_mode():
         for example in held_out:
-            total += losses(model, [example])[0].sum().item()
+            nats, weights = losses(model, [example])
+            total += nats[weights > 0].sum().item()
             counts.update(example[0][1:])
     tokens = counts.total()
     unigram = -sum(count * math.log(count / tokens) for count in counts.values())

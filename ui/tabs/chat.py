@@ -18,8 +18,8 @@ def chat_tab(page: gr.Blocks, platform: Platform) -> None:
     def look(model: str | None) -> gr.Dropdown:
         return choice(platform, model)
 
-    def reply(said: Conversation, model: str | None, temperature: float, max_tokens: float) -> Iterator[Any]:
-        yield from answer(platform, said, model, temperature=temperature, max_tokens=int(max_tokens))
+    def reply(said: Conversation, model: str | None, temperature: float, max_tokens: int | None) -> Iterator[Any]:
+        yield from answer(platform, said, model, temperature=temperature, max_tokens=max_tokens)
 
     with gr.Tab("Chat") as tab:
         with gr.Row(equal_height=True):
@@ -27,28 +27,20 @@ def chat_tab(page: gr.Blocks, platform: Platform) -> None:
             model = gr.Dropdown([], label="Model", scale=3, buttons=[refresh])
             temperature = gr.Slider(0, 2, value=0.7, step=0.1, label="Temperature", scale=2)
             max_tokens = gr.Number(256, precision=0, minimum=1, label="Max tokens", scale=1, min_width=110)
-        talk = gr.Chatbot(show_label=False, height=440, buttons=["copy"], feedback_options=None)
-        with gr.Row(equal_height=True):
-            box = gr.Textbox(
-                show_label=False,
-                placeholder="Say something",
-                submit_btn=True,
-                autofocus=True,
-                lines=1,
-                max_lines=8,
-                scale=8,
-            )
-            fresh = gr.Button("New chat", scale=1, min_width=90)
-    hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        talk = gr.Chatbot(
+            show_label=False, height=440, buttons=["copy"], feedback_options=None, placeholder="Nothing said yet."
+        )
+        box = gr.Textbox(show_label=False, placeholder="Say something", submit_btn=True, lines=1, max_lines=8)
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
-    page.load(look, model, model, **hidden)
-    tab.select(look, model, model, **hidden)
-    refresh.click(look, model, model, **hidden)
-    asked = box.submit(ask, [box, talk], [box, talk], **hidden)
-    answering = asked.then(reply, [talk, model, temperature, max_tokens], [talk, box], concurrency_limit=None, **hidden)
-    answering.then(_ready, None, box, **hidden)
-    box.stop(_ready, None, box, cancels=[answering], **hidden)
-    fresh.click(list, None, talk, cancels=[answering], **hidden).then(_ready, None, box, **hidden)
+    page.load(look, model, model, **quiet)
+    tab.select(look, model, model, **quiet)
+    refresh.click(look, model, model, **quiet)
+    asked = box.submit(ask, [box, talk], [box, talk], **quiet)
+    answering = asked.then(reply, [talk, model, temperature, max_tokens], [talk, box], concurrency_limit=None, **quiet)
+    answering.then(_ready, None, box, **quiet)
+    box.stop(_ready, None, box, cancels=[answering], **quiet)
+    talk.clear(_ready, None, box, cancels=[answering], **quiet)
 
 
 def choice(platform: Platform, model: str | None) -> gr.Dropdown:
@@ -80,7 +72,7 @@ def answer(
             text += piece
             yield [*said, {"role": "assistant", "content": text}], gr.skip()
     except UserError as error:
-        gr.Warning(html.escape(str(error)), title="Not like this", duration=20)
+        gr.Warning(html.escape(str(error)), duration=15)
         yield said[:-1], gr.Textbox(value=plain(said)[-1]["content"])
 
 

@@ -38,7 +38,7 @@ def config_choice(folder: str, load: Load, *, action: str, example: str) -> Conf
     with gr.Row():
         show = gr.Button("Show config")
         act = gr.Button(action, variant="primary")
-    resolved = gr.Code(label="The config, with the overrides applied", language="python", visible=False)
+    resolved = gr.Code(label="The config, with the overrides applied", language="python", max_lines=24, visible=False)
 
     def preview(path: str | None, overrides: str) -> gr.Code:
         with mistakes():

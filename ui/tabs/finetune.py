@@ -23,8 +23,21 @@ REFRESH_S = 2.0
 LOG_LINES = 200
 RUN_COLUMNS = ["Run", "State", "Base"]
 LOSS_COLUMNS = {"step": "quantitative", "loss": "quantitative", "of": "nominal"}
+LOSS_COLORS = {"training rows": "#0891b2", "held-out rows": "#ea580c"}
 NO_JOB = "No job yet. Starting a run connects to Ray on this machine, or starts it for as long as this page is open."
-STATES = {"PENDING": "waiting to start", "SUCCEEDED": "finished"}
+STATES = {
+    "PENDING": "waits to start",
+    "RUNNING": "is running",
+    "SUCCEEDED": "is finished",
+    "FAILED": "failed",
+    "STOPPED": "was stopped",
+}
+
+# To the end of the log, unless its reader has gone back in it.
+_SCROLL = """() => {
+    const log = document.querySelector(".log textarea");
+    if (log.scrollHeight - log.scrollTop - log.clientHeight < 400) log.scrollTop = log.scrollHeight;
+}"""
 
 
 @dataclass(frozen=True)
@@ -45,8 +58,10 @@ def finetune_tab(page: gr.Blocks, platform: Platform) -> None:
     """Render the tab into `page`."""
 
     def follow(output: str, run: str | None, job: str | None, shown: Mapping[str, Any]) -> list[Any]:
-        with mistakes():
+        try:
             return changes(look(platform, output, run, job), shown)
+        except UserError as error:  # in place: a message in the corner would come back every other second
+            return [f"### Runs\n{error}", *[gr.skip()] * len(parts.outputs)]
 
     def begin(path: str | None, overrides: str) -> tuple[str, str, str]:
         with mistakes():
@@ -75,6 +90,7 @@ def finetune_tab(page: gr.Blocks, platform: Platform) -> None:
     parts.runs.select(_selected_run, None, run, **quiet).then(**following)
     parts.jobs.input(lambda picked: picked, parts.jobs, job, **quiet).then(**following)
     parts.find_jobs.click(find_jobs, None, None, **quiet).success(**following)
+    parts.log.change(None, js=_SCROLL, **quiet)
     parts.stop.click(stop, parts.jobs, None, **quiet).then(**following)
     starting = choice.act.click(working("Starting …"), None, choice.act, **quiet)
     started = starting.then(begin, choice.inputs, [parts.output, run, job], **quiet)
@@ -104,15 +120,18 @@ class Parts:
 def _render() -> Parts:
     title = gr.Markdown()
     runs = gr.Dataframe(headers=RUN_COLUMNS, show_label=False, interactive=False, buttons=[], visible=False)
-    losses = gr.LinePlot(x="step", y="loss", color="of", buttons=[], visible=False)
+    losses = gr.LinePlot(
+        x="step", y="loss", color="of", color_title="", color_map=LOSS_COLORS, label="Losses", buttons=[], visible=False
+    )
     output = gr.Textbox("outputs", label="Runs are kept in", max_lines=1)
     state = gr.Markdown()
     with gr.Row():
         find_jobs = gr.Button("Find running jobs", size="sm", scale=0, min_width=160)
-    with gr.Row():
         jobs = gr.Dropdown([], show_label=False, container=False, scale=4, visible=False)
         stop = gr.Button("Stop job", variant="stop", scale=1, min_width=90, visible=False)
-    log = gr.Textbox(label="Log", lines=10, max_lines=10, interactive=False, buttons=["copy"], visible=False)
+    log = gr.Textbox(
+        label="Log", lines=12, max_lines=12, interactive=False, buttons=["copy"], visible=False, elem_classes="log"
+    )
     return Parts(output, title, runs, losses, state, find_jobs, jobs, stop, log)
 
 
@@ -156,7 +175,7 @@ def _newest(runs: Sequence[Run]) -> Run | None:
 def loss_points(run: Run | None) -> list[tuple[int, float, str]]:
     """(step, loss, which loss) of every line of metrics.jsonl."""
     lines = read_metrics(run.path) if run else []
-    names = {"loss": "training rows", "eval_loss": "held-out rows"}
+    names = dict(zip(("loss", "eval_loss"), LOSS_COLORS, strict=True))
     return [(line["step"], line[key], name) for line in lines for key, name in names.items() if key in line]
 
 
@@ -182,11 +201,11 @@ def changes(view: View, shown: Mapping[str, Any]) -> list[Any]:
 
 
 def job_label(job: Job) -> str:
-    """`demo_lora.py at 12:03, running`."""
+    """`demo_lora.py of 12:03 is running`."""
     words = shlex.split(job.command)
     what = next((Path(word).name for word in words if word.endswith(".py")), job.command[:40])
-    when = f" at {job.started:%H:%M}" if job.started else ""
-    return f"{what}{when}, {STATES.get(job.state, job.state.lower())}"
+    when = f" of {job.started:%H:%M}" if job.started else ""
+    return f"{what}{when} {STATES[job.state]}"
 
 
 def job_state(job: Job | None, log: str) -> str:
@@ -194,12 +213,14 @@ def job_state(job: Job | None, log: str) -> str:
         return NO_JOB
     said = [line for line in log.splitlines() if line.strip()]
     why = f": {said[-1]}" if job.state == "FAILED" and said else ""
-    return f"`{job.id}` is {STATES.get(job.state, job.state.lower())}{why}"
+    return f"`{job.id}` {STATES[job.state]}{why}"
 
 
 def _plot(run: str | None, points: Sequence[tuple[int, float, str]]) -> dict[str, Any]:
     """The settings of the plot. Its points go as the browser takes them; gradio would else want a data frame."""
-    value = {"columns": list(LOSS_COLUMNS), "data": points, "datatypes": LOSS_COLUMNS, "mark": "line"}
+    # The browser makes the legend, and with it the lines, of the first points that it gets: so both are among them.
+    unseen = [(points[0][0], None, name) for name in LOSS_COLORS] if points else []
+    value = {"columns": list(LOSS_COLUMNS), "data": [*unseen, *points], "datatypes": LOSS_COLUMNS, "mark": "line"}
     return {"value": value, "label": f"Losses of {run}", "visible": bool(points)}
 
 

@@ -15,4 +15,4 @@ def mistakes() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise gr.Error(html.escape(str(error)), title="Not like this", duration=20, print_exception=False) from error
+        raise gr.Error(html.escape(str(error)), duration=15, print_exception=False) from error

@@ -1,21 +1,25 @@
 """The Serve tab: deploy a config, see what is served, stop it."""
 
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import gradio as gr
 
 from plugins.loading import load_config
 from plugins.spec import UserError
-from ui.client import Platform
+from ui.client import Application, Platform, Status
 from ui.tabs.configs import chosen, config_choice, idle, working
 from ui.tabs.mistakes import mistakes
 
 if TYPE_CHECKING:
     from serve.config import ServeConfig
+
+T = TypeVar("T")
 
 
 def serve_tab(page: gr.Blocks, platform: Platform) -> None:
@@ -53,15 +57,15 @@ def serve_tab(page: gr.Blocks, platform: Platform) -> None:
             with gr.Row():
                 refresh = gr.Button("Refresh", size="sm", scale=0, min_width=160)
     shown = [models, applications, stop_it, state]
-    hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
-    page.load(look, None, shown, **hidden)
-    tab.select(look, None, shown, **hidden)
-    refresh.click(connect_and_look, None, shown, **hidden)
-    stop_it.click(stop, applications, progress, **hidden).then(look, None, shown, **hidden)
-    deploying = choice.act.click(working("Deploying …"), None, choice.act, **hidden)
-    deployed = deploying.then(begin, choice.inputs, progress, concurrency_limit=1, **hidden)
-    deployed.then(idle("Deploy"), None, choice.act, **hidden).then(look, None, shown, **hidden)
+    page.load(look, None, shown, **quiet)
+    tab.select(look, None, shown, **quiet)
+    refresh.click(connect_and_look, None, shown, **quiet)
+    stop_it.click(stop, applications, progress, **quiet).then(look, None, shown, **quiet)
+    deploying = choice.act.click(working("Deploying …"), None, choice.act, **quiet)
+    deployed = deploying.then(begin, choice.inputs, progress, concurrency_limit=1, **quiet)
+    deployed.then(idle("Deploy"), None, choice.act, **quiet).then(look, None, shown, **quiet)
 
 
 def load(path: Path, overrides: list[str]) -> "ServeConfig":
@@ -73,15 +77,45 @@ def load(path: Path, overrides: list[str]) -> "ServeConfig":
 def deploy(platform: Platform, path: Path, overrides: list[str]) -> Iterator[str]:
     """Serve a config; yields how it goes."""
     config = load(path, overrides)
-    worker = ThreadPoolExecutor(1, thread_name_prefix="deploy")
-    deploying = worker.submit(platform.serve, config)
-    worker.shutdown(wait=False)
-    began = time.monotonic()
+    deploying = _in_background(lambda: platform.serve(config))
+    began, seen = time.monotonic(), False
     while not deploying.done():
-        yield f"Deploying `{config.name}`: {time.monotonic() - began:.0f} s"
+        status = platform.status() if platform.is_connected() else None
+        there = _application(status, config.name) is not None
+        if seen and not there:  # Serve itself would wait for ever
+            yield f"`{config.name}` was stopped."
+            return
+        seen = there
+        free = f", free CPUs: {status.free_cpus:g}" if status else ""
+        yield f"Deploying `{config.name}`: {time.monotonic() - began:.0f} s{free}"
         wait([deploying], timeout=1)
-    models = deploying.result()
-    yield f"Serving {', '.join(f'`{model}`' for model in models)} after {time.monotonic() - began:.0f} s."
+    yield ""
+    failure = deploying.exception()
+    if type(failure) is RuntimeError:  # Serve's, which names no reason
+        application = _application(platform.status(), config.name)
+        raise UserError(f"{config.name} could not be deployed: {application.message if application else failure}")
+    models = ", ".join(f"`{model}`" for model in deploying.result())
+    elsewhere = urlsplit(platform.url).port != config.port
+    note = f" on port {config.port}; to chat here, open the page with `--url`" if elsewhere else ""
+    yield f"Serving {models}{note}. It took {time.monotonic() - began:.0f} s."
+
+
+def _application(status: Status | None, name: str) -> Application | None:
+    return next((one for one in status.applications if one.name == name), None) if status else None
+
+
+def _in_background(act: Callable[[], T]) -> Future[T]:
+    """Run `act` on a thread of its own, which does not keep the page from closing."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(act())
+        except BaseException as error:  # noqa: BLE001  # raised again where the result is wanted
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome
 
 
 def served(platform: Platform) -> list[Any]:

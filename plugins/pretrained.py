@@ -1,0 +1,22 @@
+"""Loading what transformers has saved, with whatever is wrong in one line for the user."""
+
+from pathlib import Path
+from typing import Any
+
+from plugins.spec import UserError
+from plugins.types import ModelSource
+
+
+def load(loader: Any, source: ModelSource, **options: Any) -> Any:
+    """`loader.from_pretrained` of `source`; the loader is one of transformers' Auto classes. Raises UserError."""
+    path = str(Path(source.path).expanduser()) if source.is_local else source.path
+    trust = source.trust_remote_code
+    try:
+        return loader.from_pretrained(path, revision=source.revision, trust_remote_code=trust, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{loader.__name__} cannot load {source.path!r}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,295 @@
+"""The commands on a real Ray cluster: one that is started for them, one that runs, and as a submitted job."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from small_models import llama_config, save_lora_run, save_model
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+LENGTH = 16_000  # tokens: an answer that takes minutes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def until(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.2)
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Commands with an environment, as a user types them."""
+
+    environment: Mapping[str, str]
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=dict(self.environment), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, *command: str, exit_code: int = 0, timeout: float = 180) -> str:
+        process = self.start(*command)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        finally:
+            kill(process)
+        assert process.returncode == exit_code, output
+        return output
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's home without a Ray token."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def alone(home: Path) -> Shell:
+    """Where no cluster runs (one that someone else runs on this machine is none of ours)."""
+    return Shell({**os.environ, "HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_ADDRESS": "local"})
+
+
+@pytest.fixture(scope="module")
+def cluster(alone: Shell) -> Iterator[Shell]:
+    """A cluster of two CPUs, as `ray start` makes it: with token authentication."""
+    port, dashboard = free_port(), free_port()
+    ports = (f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}")
+    process = alone.start("ray", "start", "--head", "--num-cpus=2", "--block", *ports)
+    shell = Shell(
+        {**alone.environment, "RAY_ADDRESS": f"127.0.0.1:{port}", "DASHBOARD": f"http://127.0.0.1:{dashboard}"}
+    )
+
+    def answers() -> bool:
+        assert process.poll() is None
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", dashboard)) == 0
+
+    until(answers, seconds=60, what="the dashboard")
+    yield shell
+    process.terminate()
+    process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, rows, and a config that finetunes the one on the other with two workers."""
+    folder = tmp_path_factory.mktemp("project")
+    save_model(folder / "base", llama_config(max_position_embeddings=LENGTH))
+    rows = [{"instruction": f"say {i}", "output": f"fox {i}"} for i in range(64)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "finetune.py").write_text(
+        "from finetune import *\n"
+        "class Loud:\n"
+        "    '''A processor of the user's own, which the workers have never heard of.'''\n"
+        "    def __call__(self, row, tokenizer):\n"
+        "        return Instruct()({**row, 'output': row['output'].upper()}, tokenizer)\n"
+        "config = FinetuneConfig(\n"
+        f"    name='loud', model=ModelSource({str(folder / 'base')!r}, dtype='fp32'),\n"
+        f"    data=Data(source=Jsonl({str(folder / 'rows.jsonl')!r}), processor=Loud(), validation=0.25),\n"
+        "    train=Train(max_steps=12, batch_size=4, log_every=4), optim=Optim(lr=1e-2),\n"
+        "    checkpoint=Checkpointing(every=4), scaling=Scaling(workers=2),\n"
+        f"    output={str(folder / 'outputs')!r})\n"
+    )
+    return folder
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def check_finished(run: Path, steps: list[int]) -> None:
+    manifest = json.loads((run / "run.json").read_text())
+    assert manifest["steps"] == steps[-1]
+    assert manifest["method"] == "lora"
+    assert [line["step"] for line in metrics(run)] == steps
+    assert metrics(run)[-1]["eval_loss"] < metrics(run)[0]["loss"]
+    for part in ("adapter/adapter_model.safetensors", "tokenizer.json", "config.py", "chat_template.jinja"):
+        assert (run / part).is_file(), part
+
+
+def test_without_a_cluster_a_killed_run_goes_on_when_it_is_started_again(alone: Shell, project: Path) -> None:
+    command = (sys.executable, "-m", "finetune", str(project / "finetune.py"), "name=killed", "train.max_steps=60")
+    run = project / "outputs" / "killed"
+    first = alone.start(*command)
+    until(lambda: len(metrics(run)) >= 3 or first.poll() is not None, seconds=120, what="three reports")
+    kill(first)
+    done = metrics(run)[-1]["step"]
+    assert done < 60, "it was killed too late to show anything"
+    assert not (run / "run.json").exists()
+    output = alone.run(*command)
+    assert "going on where run killed stopped" in output
+    repeated = [int(step) for step in re.findall(r"step (\d+)/60", output)]
+    assert repeated[0] > 4, "it began from the start"
+    check_finished(run, list(range(4, 61, 4)))
+    finished = alone.run(*command, exit_code=2)
+    assert finished.count("\n") == 1
+    assert "run 'killed' is finished" in finished
+
+
+def test_more_workers_than_the_machine_has_is_one_line_at_once(alone: Shell, project: Path) -> None:
+    output = alone.run(
+        "manta", "finetune", str(project / "finetune.py"), "name=wide", "scaling.workers=99", exit_code=2, timeout=60
+    )
+    assert "scaling.workers = 99" in output
+    assert "Traceback" not in output
+    assert not (project / "outputs" / "wide").exists()
+
+
+def test_a_running_cluster_is_used_and_a_submitted_job_is_followed_and_stopped(cluster: Shell, project: Path) -> None:
+    config = str(project / "finetune.py")
+    cluster.run("manta", "finetune", config, "name=attached")
+    check_finished(project / "outputs" / "attached", [4, 8, 12])
+    assert "2 CPUs" in cluster.run("manta", "status")
+
+    # What the README says for Ray's own command.
+    token = {"RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": cluster.environment["DASHBOARD"]}
+    ray = Shell({**cluster.environment, **token})
+    entry = ("python", "-m", "finetune", config, "name=submitted")
+    output = ray.run("ray", "job", "submit", "--working-dir", ".", "--", *entry)
+    assert "succeeded" in output
+    assert "step 12/12" in output
+    check_finished(project / "outputs" / "submitted", [4, 8, 12])
+
+    shown = cluster.run("manta", "finetune", config, "name=ours", "train.max_steps=100000", "--submit", "auto")
+    job = re.search(r"submitted job (\S+):", shown)
+    assert job is not None
+    until(lambda: len(metrics(project / "outputs" / "ours")) > 0, seconds=90, what="the job's first report")
+    assert f"job {job[1]}: running" in cluster.run("manta", "status")
+    assert "step 4/100000" in cluster.run("manta", "logs", job[1])
+    assert "stopped job" in cluster.run("manta", "stop", job[1])
+    runs = cluster.run("manta", "runs", "--output", str(project / "outputs"))
+    assert re.search(r"attached +finished, held-out loss \d", runs)
+    assert re.search(r"ours +step \d+ of 100000", runs)
+    assert "nothing here is called 'nope'" in cluster.run("manta", "stop", "nope", exit_code=2)
+
+
+@dataclass(frozen=True)
+class Served:
+    url: str
+    shell: Shell
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def served(cluster: Shell, project: Path) -> Iterator[Served]:
+    save_lora_run(project / "runs" / "swift", project / "base")
+    manifest = {"name": "swift", "base": str(project / "base"), "revision": None, "method": "lora", "created": "",
+                "seconds": 1, "steps": 1, "metrics": {"loss": 1.0}}  # fmt: skip
+    (project / "runs" / "swift" / "run.json").write_text(json.dumps(manifest))
+    port = free_port()
+    (project / "serve.py").write_text(
+        "from serve import *\n"
+        "config = ServeConfig(models=(ServedModel(\n"
+        f"    id='tiny', source=ModelSource({str(project / 'base')!r}, dtype='fp32'),\n"
+        f"    engine=Torch(max_batch=4, max_length={LENGTH}), adapters=({str(project / 'runs/*')!r},)),),\n"
+        f"    port={port})\n"
+    )
+    output = cluster.run("manta", "serve", str(project / "serve.py"))
+    assert "serving tiny, tiny:swift" in output
+    yield Served(f"http://127.0.0.1:{port}", cluster)
+    assert "stopped manta" in cluster.run("manta", "stop", "--all")
+
+
+def test_what_is_served_is_listed_and_answers_the_openai_client(served: Served) -> None:
+    assert served.shell.run("manta", "models", "--url", served.url).split() == ["tiny", "tiny:swift"]
+    client = served.client()
+    asked = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 12}
+    base = client.chat.completions.create(model="tiny", **asked)
+    tuned = client.chat.completions.create(model="tiny:swift", **asked)
+    assert base.choices[0].message.content != tuned.choices[0].message.content
+    chunks = client.chat.completions.create(model="tiny:swift", stream=True, **asked)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == tuned.choices[0].message.content
+    with pytest.raises(openai.NotFoundError, match="there are: tiny, tiny:swift"):
+        client.chat.completions.create(model="tiny:nope", **asked)
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.chat.completions.create(model="tiny", messages=asked["messages"], max_tokens=10**6)
+    assert client.completions.create(model="tiny", prompt="hello", max_tokens=3).usage.completion_tokens == 3
+
+
+def test_chat_on_the_command_line(served: Served) -> None:
+    answer = served.shell.run("manta", "chat", "tiny:swift", "hello", "--url", served.url)
+    assert answer.strip()
+    assert "there are: tiny, tiny:swift" in served.shell.run(
+        "manta", "chat", "tiny:nope", "hello", "--url", served.url, exit_code=2
+    )
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_clients_that_go_away_free_the_engine_behind_the_proxy(served: Served, stream: bool) -> None:
+    """Four endless answers take the whole batch; another is served as soon as their clients have hung up."""
+    url = f"{served.url}/v1/chat/completions"
+    endless = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": LENGTH - 100,
+               "stream": stream, "temperature": 0}  # fmt: skip
+
+    def hang_up_soon() -> None:
+        if stream:
+            with httpx.stream("POST", url, json=endless, timeout=30) as response:
+                assert next(response.iter_lines()).startswith("data: ")
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(url, json=endless, timeout=3)
+
+    clients = [threading.Thread(target=hang_up_soon) for _ in range(4)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    quick = endless | {"max_tokens": 2, "stream": False}
+    assert httpx.post(url, json=quick, timeout=5).status_code == 200
+
+
+def test_a_second_deployment_of_the_same_name_replaces_the_first(served: Served, project: Path) -> None:
+    served.shell.run("manta", "serve", str(project / "serve.py"), "models.0.adapters=")
+    assert served.shell.run("manta", "models", "--url", served.url).split() == ["tiny"]
+    served.shell.run("manta", "serve", str(project / "serve.py"))
+    assert served.shell.run("manta", "models", "--url", served.url).split() == ["tiny", "tiny:swift"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("models.0.source.path=/nowhere", "models.0.source.path = '/nowhere': no such directory"),
+        ("models.0.adapters=/nowhere/run", "no finished run there"),
+        ("models.0.cpus=64", "the cluster has room for 0 (2 CPUs"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line_and_leaves_what_is_served_alone(
+    served: Served, project: Path, override: str, said: str
+) -> None:
+    output = served.shell.run("manta", "serve", str(project / "serve.py"), override, exit_code=2)
+    assert said in output
+    assert "Traceback" not in output
+    assert served.shell.run("manta", "models", "--url", served.url).split() == ["tiny", "tiny:swift"]
