@@ -35,11 +35,13 @@ def finetune(config: FinetuneConfig, *, config_file: Path | None = None, overrid
     `config_file` and `overrides` are kept with the run. Raises UserError before anything starts, for whatever is wrong
     with the config, the rows, the model or the size of the cluster.
     """
+    log.info("run %s: reading the rows", config.name)
     ready = preflight.check(config, cluster.output_root())
     _say(ready)
     with cluster.connection():
         preflight.check_cluster(ready, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         _begin(ready, config, config_file)
+        log.info("starting %d worker%s", config.scaling.workers, "s" * (config.scaling.workers > 1))
         started = time.monotonic()
         with _progress(ready.directory):
             result = _fit(ready)
@@ -51,7 +53,7 @@ def finetune(config: FinetuneConfig, *, config_file: Path | None = None, overrid
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - started, 1),
             steps=ready.steps,
-            metrics={name: value for name, value in (result.metrics or {}).items() if isinstance(value, int | float)},
+            metrics=_final_metrics(ready.directory),
             overrides=list(overrides),
             config=plain(config),
             versions=versions(),
@@ -66,9 +68,8 @@ def finetune(config: FinetuneConfig, *, config_file: Path | None = None, overrid
 def _say(ready: preflight.Ready) -> None:
     rows, config = ready.rows, ready.config
     log.info(
-        "run %s: %d rows to learn from, %d held out; %d of %d weights trained; %d steps on %d worker%s",
-        config.name, len(rows.train), len(rows.held_out), ready.trained_weights, ready.weights,
-        ready.steps, config.scaling.workers, "s" * (config.scaling.workers > 1),
+        "%d rows to learn from, %d held out; %d of %d weights trained; %d steps",
+        len(rows.train), len(rows.held_out), ready.trained_weights, ready.weights, ready.steps,
     )  # fmt: skip
     if rows.cut or rows.left_out:
         log.info("%d rows were cut to %d tokens, %d left out", rows.cut, config.data.max_length, rows.left_out)
@@ -132,6 +133,13 @@ class MetricsFile(UserCallback):
         self.attempt_begins = True  # the next attempt goes back to the last checkpoint
 
 
+def _final_metrics(run: Path) -> dict[str, float]:
+    """The last line of metrics.jsonl, and the base's held-out loss from its first."""
+    lines = read_metrics(run)
+    base = {"base_eval_loss": lines[0]["eval_loss"]} if lines[0]["step"] == 0 else {}
+    return lines[-1] | base
+
+
 @contextmanager
 def _progress(run: Path) -> Iterator[None]:
     """Log the lines of metrics.jsonl as they come, until the block ends."""
@@ -158,9 +166,8 @@ def _progress(run: Path) -> Iterator[None]:
 
 
 def progress_line(metrics: dict[str, Any]) -> str:
-    """A line of metrics.jsonl for people."""
-    held_out = f"  held-out loss {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
-    return (
-        f"step {metrics['step']}/{metrics['steps']}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
-        f"{metrics['tokens_per_s']:,.0f} tokens/s{held_out}"
-    )
+    """A line of metrics.jsonl for people. Step 0 is the base, before anything was learned."""
+    line = f"step {metrics['step']}/{metrics['steps']}"
+    if "loss" in metrics:
+        line += f"  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  {metrics['tokens_per_s']:,.0f} tokens/s"
+    return line + (f"  held-out loss {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else "")

@@ -52,6 +52,8 @@ def run_rank(config: FinetuneConfig, prepared: "ray.ObjectRef[Prepared]") -> Non
         shares = evaluation_batches(rows.held_out, batch_size=train.batch_size, rank=rank, world_size=world_size)
         return evaluate(ranks_model, shares, objective=objective, strategy=strategy, dtype=dtype)
 
+    if first_step == 0 and len(rows.held_out) > 0:  # the base's own loss: what the run is to be measured against
+        ray.train.report({"step": 0, "steps": steps, "epoch": 0.0, "eval_loss": held_out_loss()})
     window = Window(time.perf_counter())
     for step in range(first_step + 1, steps + 1):
         torch.manual_seed(hash((train.seed, step, rank)))  # dropout is the same in a run that was resumed

@@ -46,6 +46,7 @@ def run(act: Callable[[], None], *, name: str) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for package in ("finetune", "serve", "plugins", "ui"):
         logging.getLogger(package).setLevel(logging.INFO)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # between transformers and peft
     try:
         act()

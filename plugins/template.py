@@ -4,6 +4,7 @@ Training labels and serving stops both come from here, so that a model learns to
 the engine stops.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -54,6 +55,11 @@ def end_of_turn(tokenizer: Tokenizer, template: str | None = None) -> int | None
     Often eos, but not always: a ChatML model may have eos <|endoftext|> and end its turns with <|im_end|>. None where
     the template closes a turn with plain text only (then eos has to be appended), or does not write what is said.
     """
+    return _end_of_turn(tokenizer, template or tokenizer.chat_template)
+
+
+@functools.lru_cache(maxsize=16)  # asked for every row
+def _end_of_turn(tokenizer: Any, template: str | None) -> int | None:
     probe = "probe"
     text = conversation_text(tokenizer, [Message("user", "hi"), Message("assistant", probe)], template=template)
     if probe not in text:

@@ -133,7 +133,7 @@ def check_finished(run: Path, steps: list[int]) -> None:
     assert manifest["steps"] == steps[-1]
     assert manifest["method"] == "lora"
     assert [line["step"] for line in metrics(run)] == steps
-    assert metrics(run)[-1]["eval_loss"] < metrics(run)[0]["loss"]
+    assert metrics(run)[-1]["eval_loss"] < metrics(run)[0]["eval_loss"] == manifest["metrics"]["base_eval_loss"]
     for part in ("adapter/adapter_model.safetensors", "tokenizer.json", "config.py", "chat_template.jinja"):
         assert (run / part).is_file(), part
 
@@ -142,7 +142,7 @@ def test_without_a_cluster_a_killed_run_goes_on_when_it_is_started_again(alone: 
     command = (sys.executable, "-m", "finetune", str(project / "finetune.py"), "name=killed", "train.max_steps=60")
     run = project / "outputs" / "killed"
     first = alone.start(*command)
-    until(lambda: len(metrics(run)) >= 3 or first.poll() is not None, seconds=120, what="three reports")
+    until(lambda: len(metrics(run)) >= 4 or first.poll() is not None, seconds=120, what="three reports")
     kill(first)
     done = metrics(run)[-1]["step"]
     assert done < 60, "it was killed too late to show anything"
@@ -151,7 +151,7 @@ def test_without_a_cluster_a_killed_run_goes_on_when_it_is_started_again(alone: 
     assert "going on where run killed stopped" in output
     repeated = [int(step) for step in re.findall(r"step (\d+)/60", output)]
     assert repeated[0] > 4, "it began from the start"
-    check_finished(run, list(range(4, 61, 4)))
+    check_finished(run, list(range(0, 61, 4)))
     finished = alone.run(*command, exit_code=2)
     assert finished.count("\n") == 1
     assert "run 'killed' is finished" in finished
@@ -169,7 +169,7 @@ def test_more_workers_than_the_machine_has_is_one_line_at_once(alone: Shell, pro
 def test_a_running_cluster_is_used_and_a_submitted_job_is_followed_and_stopped(cluster: Shell, project: Path) -> None:
     config = str(project / "finetune.py")
     cluster.run("manta", "finetune", config, "name=attached")
-    check_finished(project / "outputs" / "attached", [4, 8, 12])
+    check_finished(project / "outputs" / "attached", [0, 4, 8, 12])
     assert "2 CPUs" in cluster.run("manta", "status")
 
     # What the README says for Ray's own command.
@@ -179,7 +179,7 @@ def test_a_running_cluster_is_used_and_a_submitted_job_is_followed_and_stopped(c
     output = ray.run("ray", "job", "submit", "--working-dir", ".", "--", *entry)
     assert "succeeded" in output
     assert "step 12/12" in output
-    check_finished(project / "outputs" / "submitted", [4, 8, 12])
+    check_finished(project / "outputs" / "submitted", [0, 4, 8, 12])
 
     shown = cluster.run("manta", "finetune", config, "name=ours", "train.max_steps=100000", "--submit", "auto")
     job = re.search(r"submitted job (\S+):", shown)

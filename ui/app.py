@@ -1,5 +1,6 @@
 """The web page: another face of Platform. It opens at once; Ray and models load when an action needs them."""
 
+import asyncio
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ def open_page(platform: Platform, *, host: str, port: int) -> None:
     """Serve the page on http://host:port until interrupted. A cluster that the page started stops with it."""
     # Read when Ray is imported. Else a call that is late, after Ray was shut down, would start a second cluster.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    logging.getLogger("uvicorn.error").addFilter(_is_no_hanging_up)
     listener = _listen(host, port)
     server = uvicorn.Server(
         uvicorn.Config(application(platform), log_level="warning", timeout_graceful_shutdown=1, access_log=False)
@@ -83,6 +85,12 @@ class OnlyThisHost:
             await send(message)
 
         await self.app(scope, receive, send_with_policy if scope["type"] == "http" else send)
+
+
+def _is_no_hanging_up(record: logging.LogRecord) -> bool:
+    """Whether a record of the web server is worth showing: that open pages are cut off at the end is not."""
+    cut_off = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not cut_off and not record.getMessage().startswith("Cancel ")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -139,8 +139,9 @@ def run_state(run: Run) -> str:
     """`finished, held-out loss 0.12`, or how far an unfinished run has come."""
     if run.manifest:
         metrics = run.manifest.metrics
+        base = f" (base {metrics['base_eval_loss']:.4f})" if "base_eval_loss" in metrics else ""
         name, loss = ("held-out loss", metrics["eval_loss"]) if "eval_loss" in metrics else ("loss", metrics["loss"])
-        return f"finished, {name} {loss:.4f}"
+        return f"finished, {name} {loss:.4f}{base}"
     return f"step {run.progress['step']} of {run.progress['steps']}" if run.progress else "begun"
 
 

@@ -4,9 +4,10 @@ The only module of the faces that talks to Ray Jobs, Serve and the endpoints.
 """
 
 import json
+import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -204,14 +205,14 @@ class Platform:
 
     def attach(self) -> bool:
         """Connect to the cluster that runs here; returns whether there is one."""
-        return self._connecting.submit(cluster.attach).result()
+        return self._connecting.submit(_find_job_server_after, cluster.attach).result()
 
     def connect(self) -> bool:
         """The same, but where there is no cluster one is started, which lives as long as this process.
 
         Returns whether it was started.
         """
-        return self._connecting.submit(cluster.connect).result()
+        return self._connecting.submit(_find_job_server_after, cluster.connect).result()
 
     def disconnect(self) -> None:
         """Leave the cluster, if this process is connected to one. A cluster that this process started stops."""
@@ -247,6 +248,17 @@ class Platform:
         if response.is_error:
             raise UserError(_error_message(response))
         return response.json()
+
+
+def _find_job_server_after(connect: Callable[[], bool]) -> bool:
+    """Connect, and let Ray's job client ask the same cluster: by itself it takes any that runs on this machine."""
+    result = connect()
+    import ray
+    from ray._private.worker import get_dashboard_url  # Ray tells it in public only to the one who calls ray.init
+
+    if ray.is_initialized() and (url := get_dashboard_url()):
+        os.environ.setdefault("RAY_API_SERVER_ADDRESS", f"http://{url}")
+    return result
 
 
 @contextmanager

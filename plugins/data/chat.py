@@ -44,7 +44,7 @@ def conversation(messages: Sequence[Message], tokenizer: Tokenizer, *, loss: Lit
         raise UserError("the conversation has no turn of the assistant to learn from")
     text = conversation_text(tokenizer, messages)
     spans = [_span(messages, index, text, tokenizer) for index in (turns if loss == "turns" else turns[-1:])]
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
     end = end_of_turn(tokenizer)
     labels = [IGNORE] * len(ids)

@@ -17,7 +17,7 @@ class Completion:
             raise UserError(f"field {self.text!r} must be text, found {text!r}")
         if not text:
             return None
-        ids = list(tokenizer(text)["input_ids"])
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no eos token to end a text with")
         if ids[-1] != tokenizer.eos_token_id:

@@ -38,7 +38,8 @@ def chat_tab(page: gr.Blocks, platform: Platform) -> None:
     refresh.click(look, model, model, **quiet)
     asked = box.submit(ask, [box, talk], [box, talk], **quiet)
     answering = asked.then(reply, [talk, model, temperature, max_tokens], [talk, box], concurrency_limit=None, **quiet)
-    answering.then(_ready, None, box, **quiet)
+    for ended in (answering.success, answering.failure):
+        ended(_ready, None, box, **quiet)
     box.stop(_ready, None, box, cancels=[answering], **quiet)
     talk.clear(_ready, None, box, cancels=[answering], **quiet)
 

@@ -94,7 +94,8 @@ def finetune_tab(page: gr.Blocks, platform: Platform) -> None:
     parts.stop.click(stop, parts.jobs, None, **quiet).then(**following)
     starting = choice.act.click(working("Starting …"), None, choice.act, **quiet)
     started = starting.then(begin, choice.inputs, [parts.output, run, job], **quiet)
-    started.then(idle("Start run"), None, choice.act, **quiet).then(**following)
+    for ended in (started.success, started.failure):
+        ended(idle("Start run"), None, choice.act, **quiet).then(**following)
 
 
 @dataclass(frozen=True)

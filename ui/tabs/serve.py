@@ -65,7 +65,8 @@ def serve_tab(page: gr.Blocks, platform: Platform) -> None:
     stop_it.click(stop, applications, progress, **quiet).then(look, None, shown, **quiet)
     deploying = choice.act.click(working("Deploying …"), None, choice.act, **quiet)
     deployed = deploying.then(begin, choice.inputs, progress, concurrency_limit=1, **quiet)
-    deployed.then(idle("Deploy"), None, choice.act, **quiet).then(look, None, shown, **quiet)
+    for ended in (deployed.success, deployed.failure):
+        ended(idle("Deploy"), None, choice.act, **quiet).then(look, None, shown, **quiet)
 
 
 def load(path: Path, overrides: list[str]) -> "ServeConfig":
