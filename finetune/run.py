@@ -47,7 +47,7 @@ def finetune(config: FinetuneConfig, *, config_file: Path | None = None, overrid
             result = _fit(ready)
         manifest = RunManifest(
             name=config.name,
-            base=config.model.path if cluster.in_ray_job() else ready.config.model.path,
+            base=config.model.path if cluster.in_uploaded_copy() else ready.config.model.path,
             revision=config.model.revision,
             method="lora" if isinstance(config.method, Lora) else "full",
             created=datetime.now(UTC).isoformat(timespec="seconds"),

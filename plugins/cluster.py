@@ -84,6 +84,11 @@ def _running_cluster() -> str | None:
     return address
 
 
+def code() -> dict[str, Any]:
+    """The runtime environment that brings the project's code to a cluster."""
+    return {"working_dir": str(PROJECT), "excludes": EXCLUDES}
+
+
 def _init(address: str) -> None:
     import ray
 
@@ -91,7 +96,7 @@ def _init(address: str) -> None:
     if not in_ray_job():
         # The code travels as the working directory, so that workers on any node, in any environment, import the same; a
         # submitted job brought it along already.
-        options["runtime_env"] = {"working_dir": str(PROJECT), "excludes": EXCLUDES}
+        options["runtime_env"] = code()
     ray.init(address=address, **options)
 
 
@@ -107,14 +112,16 @@ def authenticate() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-def output_root() -> Path:
-    """What relative outputs are under: $MANTA_ROOT, else the current directory.
+def in_uploaded_copy() -> bool:
+    """Whether the current directory is the copy of a working directory that Ray made for a job, and will delete."""
+    return in_ray_job() and "working_dir_files" in Path.cwd().parts
 
-    The current directory of a submitted job is a copy that Ray deletes: there, runs go to ~/manta.
-    """
+
+def output_root() -> Path:
+    """What relative outputs are under: $MANTA_ROOT, else the current directory, or ~/manta where that will be deleted."""
     if root := os.environ.get("MANTA_ROOT"):
         return Path(root).expanduser().absolute()
-    return Path.home() / "manta" if in_ray_job() else Path.cwd()
+    return Path.home() / "manta" if in_uploaded_copy() else Path.cwd()
 
 
 def room(nodes: Sequence[Mapping[str, float]], *, cpus: float, gpus: float) -> int:

@@ -46,7 +46,8 @@ def run(act: Callable[[], None], *, name: str) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for package in ("finetune", "serve", "plugins", "ui"):
         logging.getLogger(package).setLevel(logging.INFO)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    for chatty in ("ray", "ray.serve"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # between transformers and peft
     try:
         act()

@@ -55,7 +55,7 @@ def end_of_turn(tokenizer: Tokenizer, template: str | None = None) -> int | None
     Often eos, but not always: a ChatML model may have eos <|endoftext|> and end its turns with <|im_end|>. None where
     the template closes a turn with plain text only (then eos has to be appended), or does not write what is said.
     """
-    return _end_of_turn(tokenizer, template or tokenizer.chat_template)
+    return _end_of_turn(tokenizer, template or tokenizer.chat_template)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=16)  # asked for every row

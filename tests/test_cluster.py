@@ -44,11 +44,12 @@ class Shell:
     """Commands with an environment, as a user types them."""
 
     environment: Mapping[str, str]
+    folder: Path = ROOT
 
     def start(self, *command: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            command, cwd=ROOT, env=dict(self.environment), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, cwd=self.folder, env=dict(self.environment), text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     def run(self, *command: str, exit_code: int = 0, timeout: float = 180) -> str:
@@ -81,9 +82,15 @@ def alone(home: Path) -> Shell:
 
 @pytest.fixture(scope="module")
 def cluster(alone: Shell) -> Iterator[Shell]:
-    """A cluster of two CPUs, as `ray start` makes it: with token authentication."""
+    """A cluster of two CPUs, as `ray start` makes it for who has a token: it asks for it."""
+    alone.run("ray", "get-auth-token", "--generate")
     port, dashboard = free_port(), free_port()
-    ports = (f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}")
+    ports = (
+        f"--port={port}",
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={free_port()}",
+        f"--ray-client-server-port={free_port()}",
+    )
     process = alone.start("ray", "start", "--head", "--num-cpus=2", "--block", *ports)
     shell = Shell(
         {**alone.environment, "RAY_ADDRESS": f"127.0.0.1:{port}", "DASHBOARD": f"http://127.0.0.1:{dashboard}"}
@@ -96,8 +103,7 @@ def cluster(alone: Shell) -> Iterator[Shell]:
 
     until(answers, seconds=60, what="the dashboard")
     yield shell
-    process.terminate()
-    process.wait(60)
+    kill(process)
 
 
 @pytest.fixture(scope="module")

@@ -83,19 +83,24 @@ class Platform:
     def submit(self, config_file: Path, overrides: Sequence[str] = (), *, address: str | None = None) -> str:
         """Run a config as a Ray job, which goes on by itself; returns the job's id.
 
-        `address` is the cluster's job server, http://host:8265; None is the cluster that runs here. A config outside the
-        project must be where the job can read it too.
+        `address` is the cluster's job server, http://host:8265; None is the cluster that runs here, or one started for it.
+        On this machine, relative paths mean what they mean to the caller. A cluster elsewhere gets a copy of the project,
+        and the config has to be in it.
         """
-        inside = config_file.resolve().is_relative_to(cluster.PROJECT)
-        path = config_file.resolve().relative_to(cluster.PROJECT) if inside else config_file.resolve()
-        is_here = address is None or any(host in address for host in ("127.0.0.1", "localhost"))
-        # A cluster elsewhere has its own Python, and its own place for outputs.
-        python = sys.executable if is_here else "python"
-        variables = {"MANTA_ROOT": str(cluster.output_root())} if is_here else {}
-        job: str = self._jobs(address).submit_job(
-            entrypoint=shlex.join([python, "-m", "finetune", str(path), *overrides]),
-            runtime_env={"working_dir": str(cluster.PROJECT), "env_vars": variables},
-        )
+        command = ["-m", "finetune", str(config_file), *overrides]
+        if address is None or _is_here(address):
+            entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join([sys.executable, *command])}"
+            runtime_env = cluster.code()
+        else:
+            if not config_file.resolve().is_relative_to(cluster.PROJECT):
+                raise UserError(f"{config_file} is not in {cluster.PROJECT}: only the project travels to {address}")
+            command[2] = str(config_file.resolve().relative_to(cluster.PROJECT))
+            entrypoint = shlex.join(["python", *command])
+            runtime_env = {"working_dir": str(cluster.PROJECT)}
+        try:
+            job: str = self._jobs(address).submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+        except RuntimeError as error:
+            raise UserError(f"the cluster did not take the job: {str(error).splitlines()[0]}") from error
         return job
 
     def runs(self, output: str = "outputs") -> list[Run]:
@@ -268,6 +273,10 @@ def _reaching(url: str) -> Iterator[None]:
         yield
     except httpx.TransportError as error:
         raise UserError(f"nothing answers at {url}: start it with manta serve CONFIG, or name another --url") from error
+
+
+def _is_here(address: str) -> bool:
+    return any(host in address for host in ("//127.0.0.1", "//localhost"))
 
 
 def _error_message(response: httpx.Response) -> str:

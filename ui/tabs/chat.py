@@ -8,6 +8,7 @@ import gradio as gr
 
 from plugins.spec import UserError
 from ui.client import Platform
+from ui.tabs.events import QUIET
 
 Conversation = list[dict[str, Any]]
 
@@ -31,17 +32,16 @@ def chat_tab(page: gr.Blocks, platform: Platform) -> None:
             show_label=False, height=440, buttons=["copy"], feedback_options=None, placeholder="Nothing said yet."
         )
         box = gr.Textbox(show_label=False, placeholder="Say something", submit_btn=True, lines=1, max_lines=8)
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
-    page.load(look, model, model, **quiet)
-    tab.select(look, model, model, **quiet)
-    refresh.click(look, model, model, **quiet)
-    asked = box.submit(ask, [box, talk], [box, talk], **quiet)
-    answering = asked.then(reply, [talk, model, temperature, max_tokens], [talk, box], concurrency_limit=None, **quiet)
+    page.load(look, model, model, **QUIET)
+    tab.select(look, model, model, **QUIET)
+    refresh.click(look, model, model, **QUIET)
+    asked = box.submit(ask, [box, talk], [box, talk], **QUIET)
+    answering = asked.then(reply, [talk, model, temperature, max_tokens], [talk, box], concurrency_limit=None, **QUIET)
     for ended in (answering.success, answering.failure):
-        ended(_ready, None, box, **quiet)
-    box.stop(_ready, None, box, cancels=[answering], **quiet)
-    talk.clear(_ready, None, box, cancels=[answering], **quiet)
+        ended(_ready, None, box, **QUIET)
+    box.stop(_ready, None, box, cancels=[answering], **QUIET)
+    talk.clear(_ready, None, box, cancels=[answering], **QUIET)
 
 
 def choice(platform: Platform, model: str | None) -> gr.Dropdown:

@@ -9,7 +9,7 @@ import gradio as gr
 
 from plugins import cluster
 from plugins.spec import render
-from ui.tabs.mistakes import mistakes
+from ui.tabs.events import QUIET, mistakes
 
 Load = Callable[[Path, list[str]], Any]
 
@@ -40,11 +40,11 @@ def config_choice(folder: str, load: Load, *, action: str, example: str) -> Conf
         act = gr.Button(action, variant="primary")
     resolved = gr.Code(label="The config, with the overrides applied", language="python", max_lines=24, visible=False)
 
+    @mistakes()
     def preview(path: str | None, overrides: str) -> gr.Code:
-        with mistakes():
-            return gr.Code(render(load(*chosen(path, overrides))), visible=True)
+        return gr.Code(render(load(*chosen(path, overrides))), visible=True)
 
-    show.click(preview, [path, overrides], resolved, show_progress="hidden", api_visibility="private")
+    show.click(preview, [path, overrides], resolved, **QUIET)
     return ConfigChoice([path, overrides], act)
 
 
@@ -58,12 +58,3 @@ def config_files(folder: str) -> list[str]:
     found = sorted((cluster.PROJECT / folder).glob("*.py"))
     here = Path.cwd()
     return [str(file.relative_to(here) if file.is_relative_to(here) else file) for file in found]
-
-
-def working(words: str) -> Callable[[], gr.Button]:
-    """An event that makes a button say what is going on and take no more clicks, until `idle`."""
-    return lambda: gr.Button(words, interactive=False)
-
-
-def idle(words: str) -> Callable[[], gr.Button]:
-    return lambda: gr.Button(words, interactive=True)

@@ -13,8 +13,8 @@ from plugins.runs import Run, read_metrics
 from plugins.spec import UserError
 from ui.cli import run_state
 from ui.client import Job, Platform
-from ui.tabs.configs import chosen, config_choice, idle, working
-from ui.tabs.mistakes import mistakes
+from ui.tabs.configs import chosen, config_choice
+from ui.tabs.events import QUIET, idle, mistakes, working
 
 if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
@@ -61,20 +61,20 @@ def finetune_tab(page: gr.Blocks, platform: Platform) -> None:
         try:
             return changes(look(platform, output, run, job), shown)
         except UserError as error:  # in place: a message in the corner would come back every other second
-            return [f"### Runs\n{error}", *[gr.skip()] * len(parts.outputs)]
+            return [f"### Runs\n{error}", *[gr.skip()] * (len(parts.outputs) - 1), {**shown, "title": None}]
 
+    @mistakes()
     def begin(path: str | None, overrides: str) -> tuple[str, str, str]:
-        with mistakes():
-            return start(platform, *chosen(path, overrides))
+        return start(platform, *chosen(path, overrides))
 
+    @mistakes()
     def find_jobs() -> None:
-        with mistakes():
-            if not platform.attach():
-                raise UserError("no Ray cluster runs here")
+        if not platform.attach():
+            raise UserError("no Ray cluster runs here")
 
+    @mistakes()
     def stop(job: str) -> None:
-        with mistakes():
-            platform.stop(job)
+        platform.stop(job)
 
     with gr.Tab("Finetune"), gr.Row():
         with gr.Column(scale=2, min_width=360):
@@ -82,20 +82,19 @@ def finetune_tab(page: gr.Blocks, platform: Platform) -> None:
         with gr.Column(scale=3, min_width=480):
             parts = _render()
         run, job, shown, timer = gr.State(None), gr.State(None), gr.State({}), gr.Timer(REFRESH_S)
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    following = {"fn": follow, "inputs": [parts.output, run, job, shown], "outputs": [*parts.outputs, shown], **quiet}
+    following = {"fn": follow, "inputs": [parts.output, run, job, shown], "outputs": [*parts.outputs, shown], **QUIET}
 
     page.load(**following)
     timer.tick(**following)
-    parts.runs.select(_selected_run, None, run, **quiet).then(**following)
-    parts.jobs.input(lambda picked: picked, parts.jobs, job, **quiet).then(**following)
-    parts.find_jobs.click(find_jobs, None, None, **quiet).success(**following)
-    parts.log.change(None, js=_SCROLL, **quiet)
-    parts.stop.click(stop, parts.jobs, None, **quiet).then(**following)
-    starting = choice.act.click(working("Starting …"), None, choice.act, **quiet)
-    started = starting.then(begin, choice.inputs, [parts.output, run, job], **quiet)
+    parts.runs.select(_selected_run, None, run, **QUIET).then(**following)
+    parts.jobs.input(lambda picked: picked, parts.jobs, job, **QUIET).then(**following)
+    parts.find_jobs.click(find_jobs, None, None, **QUIET).success(**following)
+    parts.log.change(None, js=_SCROLL, **QUIET)
+    parts.stop.click(stop, parts.jobs, None, **QUIET).then(**following)
+    starting = choice.act.click(working("Starting …"), None, choice.act, **QUIET)
+    started = starting.then(begin, choice.inputs, [parts.output, run, job], **QUIET)
     for ended in (started.success, started.failure):
-        ended(idle("Start run"), None, choice.act, **quiet).then(**following)
+        ended(idle("Start run"), None, choice.act, **QUIET).then(**following)
 
 
 @dataclass(frozen=True)

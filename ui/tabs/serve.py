@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -13,8 +14,8 @@ import gradio as gr
 from plugins.loading import load_config
 from plugins.spec import UserError
 from ui.client import Application, Platform, Status
-from ui.tabs.configs import chosen, config_choice, idle, working
-from ui.tabs.mistakes import mistakes
+from ui.tabs.configs import chosen, config_choice
+from ui.tabs.events import QUIET, idle, mistakes, working
 
 if TYPE_CHECKING:
     from serve.config import ServeConfig
@@ -32,16 +33,14 @@ def serve_tab(page: gr.Blocks, platform: Platform) -> None:
     def look() -> list[Any]:
         return served(platform)
 
+    @mistakes()
     def connect_and_look() -> list[Any]:
-        with mistakes():
-            platform.attach()
-            return served(platform)
+        platform.attach()
+        return served(platform)
 
-    def stop(application: str | None) -> str:
-        with mistakes():
-            if application is None:
-                raise UserError("choose what to stop")
-            platform.stop(application)
+    @mistakes()
+    def stop(application: str) -> str:
+        platform.stop(application)
         return f"Stopped `{application}`."
 
     with gr.Tab("Serve") as tab, gr.Row():
@@ -49,24 +48,43 @@ def serve_tab(page: gr.Blocks, platform: Platform) -> None:
             choice = config_choice("configs/serve", load, action="Deploy", example="port=8001")
             progress = gr.Markdown()
         with gr.Column(scale=3, min_width=480):
-            state = gr.Markdown()
-            models = gr.Dataframe(headers=["Model"], show_label=False, interactive=False, buttons=[], visible=False)
-            with gr.Row():
-                applications = gr.Dropdown([], show_label=False, container=False, scale=4, visible=False)
-                stop_it = gr.Button("Stop serving", variant="stop", scale=1, min_width=120, visible=False)
-            with gr.Row():
-                refresh = gr.Button("Refresh", size="sm", scale=0, min_width=160)
-    shown = [models, applications, stop_it, state]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+            parts = _render()
 
-    page.load(look, None, shown, **quiet)
-    tab.select(look, None, shown, **quiet)
-    refresh.click(connect_and_look, None, shown, **quiet)
-    stop_it.click(stop, applications, progress, **quiet).then(look, None, shown, **quiet)
-    deploying = choice.act.click(working("Deploying …"), None, choice.act, **quiet)
-    deployed = deploying.then(begin, choice.inputs, progress, concurrency_limit=1, **quiet)
+    page.load(look, None, parts.outputs, **QUIET)
+    tab.select(look, None, parts.outputs, **QUIET)
+    parts.refresh.click(connect_and_look, None, parts.outputs, **QUIET)
+    parts.stop.click(stop, parts.applications, progress, **QUIET).then(look, None, parts.outputs, **QUIET)
+    deploying = choice.act.click(working("Deploying …"), None, choice.act, **QUIET)
+    deployed = deploying.then(begin, choice.inputs, progress, concurrency_limit=1, **QUIET)
     for ended in (deployed.success, deployed.failure):
-        ended(idle("Deploy"), None, choice.act, **quiet).then(look, None, shown, **quiet)
+        ended(idle("Deploy"), None, choice.act, **QUIET).then(look, None, parts.outputs, **QUIET)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The components that show what is served."""
+
+    state: gr.Markdown
+    models: gr.Dataframe
+    applications: gr.Dropdown
+    stop: gr.Button
+    refresh: gr.Button
+
+    @property
+    def outputs(self) -> list[gr.components.Component]:
+        """Those that `served` updates, in its order."""
+        return [self.state, self.models, self.applications, self.stop]
+
+
+def _render() -> Parts:
+    state = gr.Markdown()
+    models = gr.Dataframe(headers=["Model"], show_label=False, interactive=False, buttons=[], visible=False)
+    with gr.Row():
+        applications = gr.Dropdown([], show_label=False, container=False, scale=4, visible=False)
+        stop = gr.Button("Stop serving", variant="stop", scale=1, min_width=120, visible=False)
+    with gr.Row():
+        refresh = gr.Button("Refresh", size="sm", scale=0, min_width=160)
+    return Parts(state, models, applications, stop, refresh)
 
 
 def load(path: Path, overrides: list[str]) -> "ServeConfig":
@@ -120,7 +138,7 @@ def _in_background(act: Callable[[], T]) -> Future[T]:
 
 
 def served(platform: Platform) -> list[Any]:
-    """Updates of what is shown: the models, the applications, the button that stops one, and a heading."""
+    """What is served, as updates of Parts.outputs."""
     try:
         models, state = platform.models(), f"At {platform.url}/v1, in OpenAI's format."
     except UserError:
@@ -129,8 +147,8 @@ def served(platform: Platform) -> list[Any]:
     applications = [(f"{one.name}, {one.state.lower()}", one.name) for one in status.applications] if status else []
     first = applications[0][1] if applications else None
     return [
+        f"### Served\n{state}",
         gr.Dataframe([[model] for model in models], visible=bool(models)),
         gr.Dropdown(applications, value=first, visible=bool(applications)),
         gr.Button(visible=bool(applications)),
-        f"### Served\n{state}",
     ]
