@@ -35,7 +35,9 @@ def main() -> None:
         scores = {model: exact_match(platform, model, questions) for model in (base, tuned)}
         platform.stop(served.name)
     print(f"\nYours to try:  .venv/bin/manta serve {SERVE}   and then   .venv/bin/manta chat {tuned}\n")
-    print(f"exact match: base {scores[base]:.2f}, finetuned {scores[tuned]:.2f}; {time.monotonic() - started:.0f} seconds")
+    print(
+        f"exact match: base {scores[base]:.2f}, finetuned {scores[tuned]:.2f}; {time.monotonic() - started:.0f} seconds"
+    )
     if scores[base] > BASE_AT_MOST or scores[tuned] < FINETUNED_AT_LEAST:
         sys.exit(f"expected the base at most {BASE_AT_MOST} and the finetuned model at least {FINETUNED_AT_LEAST}")
 
