@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from finetune.config import Data
@@ -98,6 +99,8 @@ def _example(place: str, row: Row, processor: DataProcessor, tokenizer: Tokenize
         example = processor(row, tokenizer)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
+    except TemplateError as error:
+        raise UserError(f"{place}: the chat template refuses it: {error}") from error
     except KeyError as error:
         field = error.args[0]
         if field in row:  # not a missing field but a mistake inside the processor

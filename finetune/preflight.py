@@ -1,5 +1,6 @@
 """What a run will need, and whether it is there: all of it looked at before anything starts."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,8 @@ from finetune.loop import total_steps
 from finetune.model import load_tokenizer, outline
 from plugins import cluster
 from plugins.model_files import check_model_files
-from plugins.spec import UserError
+from plugins.runs import RESOLVED, is_run
+from plugins.spec import UserError, plain
 from plugins.template import Tokenizer
 from plugins.types import RunManifest
 
@@ -79,21 +81,59 @@ def check_cluster(ready: Ready, nodes: Sequence[Resources]) -> None:
         )
 
 
+# What a resumed run may do otherwise than it began: how far it goes, what it reports, on how many workers.
+RESUME_MAY_CHANGE = (
+    "checkpoint",
+    "scaling",
+    "output",
+    "train.max_steps",
+    "train.epochs",
+    "train.eval_every",
+    "train.log_every",
+)
+
+
 def _check_directory(directory: Path, config: FinetuneConfig) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"output: {directory} is a file; a run needs a directory")
-    if config.checkpoint.resume and RunManifest.read(directory) is not None:
+    above = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"output: cannot write to {directory}: {above} is not a directory that takes new files")
+    if directory.exists() and any(directory.iterdir()) and not is_run(directory):
+        raise UserError(f"output: {directory} holds files that are of no run; choose another output=... or name=...")
+    base = Path(config.model.path).expanduser().resolve()
+    if base.is_relative_to(directory.resolve()):
+        raise UserError(
+            f"model.path = {config.model.path!r} lies in {directory}, which this run writes: choose another name=..."
+        )
+    if not config.checkpoint.resume:
+        return
+    if RunManifest.read(directory) is not None:
         raise UserError(
             f"run {config.name!r} is finished ({directory}): choose another name=..., "
             "or start it over with checkpoint.resume=false"
         )
-    above = next(parent for parent in directory.parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"output: cannot write to {directory}: {above} is not a directory that takes new files")
+    if (directory / RESOLVED).exists():
+        _check_same(json.loads((directory / RESOLVED).read_text()), plain(config), config.name)
+
+
+def _check_same(begun: object, now: object, run: str, field: str = "") -> None:
+    if field in RESUME_MAY_CHANGE:
+        return
+    if isinstance(begun, dict) and isinstance(now, dict) and begun.get("type") == now.get("type"):
+        for name in begun.keys() | now.keys():
+            _check_same(begun.get(name), now.get(name), run, f"{field}.{name}".lstrip("."))
+    elif begun != now:
+        raise UserError(
+            f"run {run!r} was begun with {field} = {_short(begun)} and goes on so, not with {_short(now)}: "
+            "choose another name=..., or start it over with checkpoint.resume=false"
+        )
+
+
+def _short(value: object) -> object:
+    return value.get("type", value) if isinstance(value, dict) else value
 
 
 def _check_fit(model: object, rows: Prepared) -> None:
-    settings = model.config  # type: ignore[attr-defined]
+    settings = model.config.get_text_config()  # type: ignore[attr-defined]
     longest = max(int((part.starts[1:] - part.starts[:-1]).max(initial=0)) for part in (rows.train, rows.held_out))
     positions = getattr(settings, "max_position_embeddings", None)
     if positions and longest > positions:
@@ -101,7 +141,7 @@ def _check_fit(model: object, rows: Prepared) -> None:
             f"data.max_length: rows have up to {longest} tokens, and the model has {positions} positions: "
             f"set data.max_length={positions}"
         )
-    highest = int(rows.train.tokens.max())
+    highest = max(int(part.tokens.max(initial=0)) for part in (rows.train, rows.held_out))
     if highest >= settings.vocab_size:
         raise UserError(
             f"model.path: the tokenizer makes token {highest}, but the model's vocabulary has {settings.vocab_size}: "

@@ -1,5 +1,6 @@
 """The driver's side of a run: a config -> Ray Train -> a finished run directory."""
 
+import fcntl
 import functools
 import json
 import logging
@@ -15,14 +16,15 @@ from typing import Any
 import ray
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from finetune import preflight
 from finetune.config import FinetuneConfig, Lora
 from finetune.export import export, versions
 from finetune.worker import run_rank
 from plugins import cluster
-from plugins.runs import CHECKPOINTS, CONFIG, METRICS, drop_metrics_from, read_metrics
+from plugins.pretrained import first_line
+from plugins.runs import CHECKPOINTS, CONFIG, METRICS, RESOLVED, drop_metrics_from, read_metrics
 from plugins.spec import UserError, plain, render
 from plugins.types import RunManifest
 
@@ -38,13 +40,14 @@ def finetune(config: FinetuneConfig, *, config_file: Path | None = None, overrid
     log.info("run %s: reading the rows", config.name)
     ready = preflight.check(config, cluster.output_root())
     _say(ready)
-    with cluster.connection():
+    with _alone(ready.directory), cluster.connection():
         preflight.check_cluster(ready, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         _begin(ready, config, config_file)
-        log.info("starting %d worker%s", config.scaling.workers, "s" * (config.scaling.workers > 1))
+        _say_start(config)
         started = time.monotonic()
         with _progress(ready.directory):
             result = _fit(ready)
+        metrics = _final_metrics(ready.directory)
         manifest = RunManifest(
             name=config.name,
             base=config.model.path if cluster.in_uploaded_copy() else ready.config.model.path,
@@ -52,8 +55,8 @@ def finetune(config: FinetuneConfig, *, config_file: Path | None = None, overrid
             method="lora" if isinstance(config.method, Lora) else "full",
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - started, 1),
-            steps=ready.steps,
-            metrics=_final_metrics(ready.directory),
+            steps=int(metrics["step"]),
+            metrics=metrics,
             overrides=list(overrides),
             config=plain(config),
             versions=versions(),
@@ -75,6 +78,26 @@ def _say(ready: preflight.Ready) -> None:
         log.info("%d rows were cut to %d tokens, %d left out", rows.cut, config.data.max_length, rows.left_out)
 
 
+def _say_start(config: FinetuneConfig) -> None:
+    scaling = config.scaling
+    wanted, free = scaling.workers * scaling.cpus, ray.available_resources().get("CPU", 0.0)
+    log.info("starting %d worker%s", scaling.workers, "s" * (scaling.workers > 1))
+    if wanted > free:
+        log.info("waiting for %g CPUs: %g are free (manta status shows what runs, manta stop ends it)", wanted, free)
+
+
+@contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Hold the run, so that no other process writes to it. The lock goes with the process that has it."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with (run.parent / f".{run.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"run {run.name!r} is being trained by another process: choose another name=...") from error
+        yield
+
+
 def _begin(ready: preflight.Ready, config: FinetuneConfig, config_file: Path | None) -> None:
     """The run directory as the run finds it: empty, or as an unfinished run of the same name left it."""
     if not config.checkpoint.resume:
@@ -82,6 +105,7 @@ def _begin(ready: preflight.Ready, config: FinetuneConfig, config_file: Path | N
     ready.directory.mkdir(parents=True, exist_ok=True)
     text = config_file.read_text() if config_file else f"from finetune import *\n\nconfig = {render(config)}\n"
     (ready.directory / CONFIG).write_text(text)
+    (ready.directory / RESOLVED).write_text(json.dumps(plain(config), indent=2) + "\n")
     if (ready.directory / CHECKPOINTS).exists():
         log.info("going on where run %s stopped", config.name)
 
@@ -112,6 +136,8 @@ def _fit(ready: preflight.Ready) -> Result:
             if isinstance(failure, UserError):
                 raise UserError(str(failure)) from error
         raise
+    except ControllerError as error:
+        raise UserError(f"Ray could not start the workers: {first_line(error)}") from error
 
 
 class MetricsFile(UserCallback):

@@ -22,7 +22,7 @@ def run_rank(config: FinetuneConfig, prepared: "ray.ObjectRef[Prepared]") -> Non
     """The train function of Ray Train. Relative paths in `config` have been made absolute."""
     train = config.train
     hardware.use_threads(config.scaling.cpus)
-    device = hardware.device()
+    device = hardware.device(config.scaling.gpus)
     dtype = hardware.compute_dtype(config.model.dtype, device)
     strategy = strategy_of(config.strategy, device)
     rank, world_size = strategy.rank, strategy.world_size

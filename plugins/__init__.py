@@ -1,12 +1,12 @@
 """Plug-ins: objects that a config holds, and the seams that they fit.
 
-There is no registry: write an object with the right verbs, in your config or in a module beside it, and pass it.
+There is no registry: write an object with the right verbs in your config file, and pass it.
 
 - Where rows come from: `read()` yields (place, row). See `plugins.data.Source`; `plugins.data.sources` has the examples.
 - How a row becomes tokens and labels: a callable (row, tokenizer) -> Example | None. See `plugins.data.DataProcessor`.
 - What generates text: a spec whose `start(source, cpus)` returns an Engine. See `plugins.engines`.
 
 A plug-in travels to Ray workers and replicas by pickle: keep it light, hold plain values, and import heavy libraries in
-the function that needs them. A class that a config file defines itself travels by value; one in a module has to be
-importable there, as everything in the project's folder is. Specs that check their fields are made with `plugins.spec`.
+the function that needs them. A class that a config file defines itself travels by value, with the config. Specs that
+check their fields are made with `plugins.spec`.
 """

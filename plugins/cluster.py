@@ -60,7 +60,13 @@ def attach() -> bool:
     address = _running_cluster()
     if address is None:
         return False
-    _init(address)
+    try:
+        _init(address)
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(
+            f"the Ray cluster at {address} does not take this user's token (~/.ray/auth_token); "
+            "RAY_ADDRESS names another cluster, and RAY_ADDRESS=local asks for one of your own"
+        ) from error
     return True
 
 
@@ -72,6 +78,8 @@ def _running_cluster() -> str | None:
         address: str | None = canonicalize_bootstrap_address("auto")
     except ConnectionError:
         return None
+    except ValueError as error:
+        raise UserError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS')!r}: write it as HOST:PORT ({error})") from error
     if address is None:  # RAY_ADDRESS=local asks for a cluster of one's own
         return None
     host, _, port = address.rpartition(":")

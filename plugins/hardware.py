@@ -6,9 +6,12 @@ from typing import Literal
 import torch
 
 
-def device() -> torch.device:
-    """This process's accelerator, or the CPU. Ray shows each worker only the GPUs that it was given."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+def device(gpus: float) -> torch.device:
+    """What a worker that was given `gpus` computes on: its own GPU, or the CPU where it was given none.
+
+    A Ray worker may see the GPUs of its whole node; which one is its own, Ray has made the current one.
+    """
+    return torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
 
 
 def compute_dtype(wanted: Literal["auto", "bf16", "fp32"], on: torch.device) -> torch.dtype:
@@ -23,10 +26,6 @@ def has_bf16(on: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Without these instructions oneDNN emulates bf16, which is slower than fp32.
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def collective_backend(on: torch.device) -> Literal["nccl", "gloo"]:
-    return "nccl" if on.type == "cuda" else "gloo"
 
 
 def use_threads(cpus: float) -> None:

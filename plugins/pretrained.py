@@ -14,7 +14,8 @@ def load(loader: Any, source: ModelSource, **options: Any) -> Any:
     try:
         return loader.from_pretrained(path, revision=source.revision, trust_remote_code=trust, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"{loader.__name__} cannot load {source.path!r}: {first_line(error)}") from error
+        what = repr(source.path) if source.is_local else f"{source.path!r} is no directory here, and as a hub id it"
+        raise UserError(f"{what} cannot be loaded ({loader.__name__}): {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -1,15 +1,20 @@
 """Run directories, `outputs/<run>/`: what lies where, and which there are. They are the registry of finetuned models."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plugins.spec import UserError
 from plugins.types import RunManifest
+
+log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.py"
 CHECKPOINTS = "checkpoints"
+RESOLVED = "config.json"  # the config with its overrides, as JSON
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,18 @@ def find_runs(output: Path) -> list[Run]:
     """The runs in `output`, finished or not, by name."""
     if not output.is_dir():
         return []
-    markers = (RunManifest.FILE, METRICS, CHECKPOINTS)
-    folders = sorted(folder for folder in output.iterdir() if any((folder / marker).exists() for marker in markers))
-    return [read_run(folder) for folder in folders]
+    runs = []
+    for folder in sorted(filter(is_run, output.iterdir())):
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            log.warning("%s is left out: %s", folder, error)
+    return runs
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun in `folder`."""
+    return any((folder / marker).exists() for marker in (RunManifest.FILE, RESOLVED, METRICS, CHECKPOINTS))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -44,7 +58,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / METRICS
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def drop_metrics_from(run: Path, step: int) -> None:

@@ -19,6 +19,7 @@ class Tokenizer(Protocol):
     eos_token: str | None
     bos_token_id: int | None
     all_special_ids: list[int]
+    added_tokens_decoder: dict[int, Any]
 
     def __call__(self, text: str, **options: Any) -> Any: ...
     def decode(self, token_ids: Any, **options: Any) -> str: ...
@@ -66,5 +67,5 @@ def _end_of_turn(tokenizer: Any, template: str | None) -> int | None:
         return None
     after = text[text.rindex(probe) + len(probe) :]
     ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids)
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
     return next((token for token in ids if token in special), None)

@@ -115,6 +115,8 @@ class RunManifest:
             return None
         except (json.JSONDecodeError, NotADirectoryError) as error:
             raise UserError(f"{run / cls.FILE} is damaged: {error}") from error
+        if not isinstance(found, dict) or not {"name", "base", "method"} <= found.keys():
+            raise UserError(f"{run / cls.FILE} is not of a run")
         return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
 
     def write(self, run: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ray
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from plugins import cluster
 from plugins.model_files import check_model_files
@@ -29,10 +30,23 @@ def deploy(config: ServeConfig) -> list[str]:
     """
     runs = find_adapters(config, cluster.output_root())
     _check_cluster(config)
-    _check_port(config)
+    _check_endpoint(config)
+    _say_wait(config)
     serve.start(http_options={"host": config.host, "port": config.port})
-    serve.run(build(config, runs), name=config.name, route_prefix="/")
+    try:
+        serve.run(build(config, runs), name=config.name, route_prefix="/")
+    except RuntimeError as error:
+        raise UserError(f"{config.name} could not be deployed: {_reason(config.name)}") from error
     return [name for model in config.models for name in (model.id, *(f"{model.id}:{run}" for run in runs[model.id]))]
+
+
+def _reason(application: str) -> str:
+    """Why Serve could not start the replicas: the last line of what the replica that failed has said."""
+    status = serve.status().applications[application]
+    messages = [status.message, *(deployment.message for deployment in status.deployments.values())]
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error: " in line]
+    return errors[-1].rpartition("UserError: ")[2] if errors else lines[0]
 
 
 def serve_until_interrupted(config: ServeConfig) -> None:
@@ -51,6 +65,7 @@ def build(config: ServeConfig, runs: Mapping[str, Runs]) -> serve.Application:
         name="Ingress",
         ray_actor_options={"num_cpus": 0},  # it only forwards: on a laptop the cores belong to the models
         max_ongoing_requests=1000,
+        max_queued_requests=2000,
     )(serve.ingress()(Ingress))
     served = {model.id: list(runs[model.id]) for model in config.models}
     return ingress.bind(served, {model.id: _deployment(model, runs[model.id]) for model in config.models})
@@ -58,7 +73,11 @@ def build(config: ServeConfig, runs: Mapping[str, Runs]) -> serve.Application:
 
 def _deployment(model: ServedModel, runs: Runs) -> serve.Application:
     actor = {"num_cpus": model.cpus, "num_gpus": model.gpus}
-    scaling = {"min_replicas": model.replicas.min, "max_replicas": model.replicas.max}
+    scaling = {
+        "min_replicas": model.replicas.min,
+        "max_replicas": model.replicas.max,
+        "target_ongoing_requests": 16,  # about a batch
+    }
     deployment = serve.deployment(
         name=f"Model:{model.id}",
         ray_actor_options=actor | ({"runtime_env": model.runtime_env} if model.runtime_env else {}),
@@ -66,6 +85,7 @@ def _deployment(model: ServedModel, runs: Runs) -> serve.Application:
         # Beyond the batch an engine queues by itself; beyond this, waiting helps nobody.
         max_ongoing_requests=128,
         max_queued_requests=512,
+        max_constructor_retry_count=2,
     )(ModelDeployment)
     here = Path(model.source.path).expanduser().absolute()
     source = replace(model.source, path=str(here)) if model.source.is_local else model.source
@@ -77,11 +97,15 @@ def find_adapters(config: ServeConfig, root: Path) -> dict[str, dict[str, str]]:
     found = {}
     for index, model in enumerate(config.models):
         check_model_files(model.source, f"models.{index}.source.path")
-        found[model.id] = {
-            run.name: str(run.path)
-            for entry in model.adapters
-            for run in _matching(entry, model, root, f"models.{index}.adapters")
-        }
+        runs: dict[str, str] = {}
+        for run in [
+            run for entry in model.adapters for run in _matching(entry, model, root, f"models.{index}.adapters")
+        ]:
+            if runs.setdefault(run.name, str(run.path)) != str(run.path):
+                raise UserError(
+                    f"models.{index}.adapters: {run.path} and {runs[run.name]} are both called {run.name!r}"
+                )
+        found[model.id] = runs
     return found
 
 
@@ -104,7 +128,7 @@ def _matching(entry: str, model: ServedModel, root: Path, field: str) -> list[Ru
 def _fits(run: Run, model: ServedModel) -> bool:
     if run.manifest is None or run.manifest.method != "lora":
         return False
-    return same_base(run.manifest.base, model.source.path)
+    return same_base(run.manifest.base, model.source.path) and run.manifest.revision == model.source.revision
 
 
 def _check_cluster(config: ServeConfig) -> None:
@@ -118,9 +142,26 @@ def _check_cluster(config: ServeConfig) -> None:
             )
 
 
-def _check_port(config: ServeConfig) -> None:
-    if serve.status().proxies:
-        return  # Serve listens already, where it was told to when it started
+def _say_wait(config: ServeConfig) -> None:
+    wanted = sum(model.replicas.min * model.cpus for model in config.models)
+    free = ray.available_resources().get("CPU", 0.0)
+    if wanted > free and config.name not in serve.status().applications:
+        log.info("waiting for %g CPUs: %g are free (manta status shows what runs, manta stop ends it)", wanted, free)
+
+
+def _check_endpoint(config: ServeConfig) -> None:
+    """One application has the endpoint, and Serve listens at one place."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        for name, application in client.get_serve_details()["applications"].items():
+            if name != config.name and application["route_prefix"] == "/":
+                raise UserError(f"{name!r} is served here already: manta stop {name}, or replace it with name={name}")
+        host, port = client.http_config.host, client.http_config.port
+        if (host, port) != (config.host, config.port):
+            raise UserError(
+                f"Serve listens on {host}:{port} here already: say host={host} port={port}, or manta stop --all first"
+            )
+        return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -87,10 +87,10 @@ def api(served: Mapping[str, Sequence[str]], models: Mapping[str, Generate]) -> 
         if not body.stream:
             ended = await _all(choices)
             return JSONResponse(answer.whole([text for text, _ in ended], [last for _, last in ended]))
-        merged = _merged(choices)
+        deltas = merged(choices)
         # The first delta before the status: a request that the engine refuses gets an error, not a broken stream.
-        first = await anext(merged)
-        events = _events(answer, first, merged, body.stream_options is not None and body.stream_options.include_usage)
+        first = await anext(deltas)
+        events = _events(answer, first, deltas, body.stream_options is not None and body.stream_options.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     _explain_errors(app)
@@ -114,7 +114,7 @@ async def _whole(deltas: AsyncIterator[Delta]) -> tuple[str, Delta]:
     return "".join(texts), last
 
 
-async def _merged(choices: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int, Delta]]:
+async def merged(choices: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int, Delta]]:
     """(choice, Delta) in the order in which they come."""
     inbox: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
 
@@ -132,15 +132,17 @@ async def _merged(choices: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tupl
     try:
         unfinished = len(tasks)
         while unfinished:
-            arrival = asyncio.ensure_future(inbox.get())
-            await asyncio.wait([arrival, *(task for task in tasks if not task.done())], return_when="FIRST_COMPLETED")
-            for task in tasks:
-                if task.done():
-                    task.result()  # a choice that failed ends the answer
-            index, delta = await arrival
+            arrival = asyncio.create_task(inbox.get())
+            while not arrival.done():
+                await asyncio.wait([arrival, *(t for t in tasks if not t.done())], return_when=asyncio.FIRST_COMPLETED)
+                for task in tasks:
+                    if task.done():
+                        task.result()  # a choice that failed ends the answer
+            index, delta = arrival.result()
             unfinished -= delta.finish_reason is not None
             yield index, delta
     finally:
+        arrival.cancel()
         for task in tasks:
             task.cancel()
 

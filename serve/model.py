@@ -12,7 +12,7 @@ class ModelDeployment:
 
     async def __init__(self, model: ServedModel, runs: Mapping[str, str]) -> None:  # type: ignore[misc]  # Serve awaits it
         """`runs`: adapter name -> run directory, absolute."""
-        self.engine = model.engine.start(model.source, model.cpus)
+        self.engine = model.engine.start(model.source, model.cpus, model.gpus)
         for name, run in runs.items():
             await self.engine.load_adapter(name, Path(run))
 

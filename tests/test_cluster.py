@@ -290,6 +290,8 @@ def test_a_second_deployment_of_the_same_name_replaces_the_first(served: Served,
         ("models.0.source.path=/nowhere", "models.0.source.path = '/nowhere': no such directory"),
         ("models.0.adapters=/nowhere/run", "no finished run there"),
         ("models.0.cpus=64", "the cluster has room for 0 (2 CPUs"),
+        ("name=another", "'manta' is served here already: manta stop manta, or replace it with name=manta"),
+        ("port=1", "Serve listens on 127.0.0.1:"),
     ],
 )
 def test_what_cannot_be_served_is_one_line_and_leaves_what_is_served_alone(

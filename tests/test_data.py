@@ -155,6 +155,18 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_for_all_turns() -> No
     assert learned(last, tok) == ["hello</s>"]
 
 
+def test_what_the_template_refuses_is_named_by_its_line(tmp_path: Path) -> None:
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}')
+    data = Data(source=Jsonl(str(tmp_path / "rows.jsonl")), processor=Instruct(system="be brief"))
+    with pytest.raises(UserError, match="line 1: the chat template refuses it: no system here"):
+        prepare(data, tokenizer("<|im_end|>", refuses), seed=0)
+
+
+def test_a_row_with_an_empty_answer_is_left_out() -> None:
+    assert Instruct()({"instruction": "hello", "output": ""}, tokenizer("<|im_end|>", CHATML)) is None
+
+
 ROWS = [{"instruction": f"question {i}", "input": "", "output": f"answer {i}"} for i in range(5)]
 
 
@@ -220,6 +232,9 @@ def test_other_wrong_files_are_one_line_too(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n3\n")
     with pytest.raises(UserError, match="line 3"):
         list(Csv(str(tmp_path / "rows.csv")).read())
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "caf\u00e9"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.jsonl line 1: not UTF-8"):
+        list(Jsonl(str(tmp_path / "latin.jsonl")).read())
     (tmp_path / "rows.parquet").write_text("this is no parquet")
     with pytest.raises(UserError, match="not a parquet file"):
         list(Parquet(str(tmp_path / "rows.parquet")).read())

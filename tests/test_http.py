@@ -4,7 +4,7 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -16,8 +16,8 @@ from langchain_openai import ChatOpenAI
 from small_models import llama_config, save_lora_run, save_model
 
 from plugins.engines import Engine, Torch
-from plugins.types import ModelSource
-from serve.ingress import api
+from plugins.types import Delta, GenerateRequest, ModelSource
+from serve.ingress import api, merged
 from serve.routing import UnknownModelError, find_route, model_routes
 
 LENGTH = 20_000
@@ -220,6 +220,29 @@ def test_a_client_that_goes_away_stops_its_own_generation(served: Served) -> Non
         answers.clear()
         streams.close()
         assert httpx.post(f"{served.url}/v1/chat/completions", json=quick, timeout=10).status_code == 200
+
+
+def test_a_choice_that_fails_ends_the_stream_though_another_has_ended_and_a_third_is_silent() -> None:
+    async def short(request: GenerateRequest) -> AsyncIterator[Delta]:
+        yield Delta("done", 1, 1, "stop")
+
+    async def failing(request: GenerateRequest) -> AsyncIterator[Delta]:
+        yield Delta("begun", 1, 1)
+        await asyncio.sleep(0.2)
+        raise RuntimeError("out of memory")
+
+    async def silent(request: GenerateRequest) -> AsyncIterator[Delta]:
+        await asyncio.Event().wait()
+        yield Delta("", 1, 1, "stop")
+
+    async def read() -> None:
+        request = GenerateRequest(prompt="")
+        async with asyncio.timeout(5):
+            async for _ in merged([short(request), failing(request), silent(request)]):
+                pass
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        asyncio.run(read())
 
 
 def test_routes_are_bases_and_their_runs() -> None:

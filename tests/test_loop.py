@@ -18,7 +18,7 @@ from finetune.data import Prepared, evaluation_batches, prepare, training_batche
 from finetune.loop import evaluate, make_optimizer, schedule, total_steps, training_step
 from finetune.objective import TokenCrossEntropy
 from finetune.strategy import DataParallel
-from plugins.spec import UserError
+from plugins.spec import UserError, override, plain
 from plugins.types import IGNORE
 
 CPU = torch.device("cpu")
@@ -46,9 +46,10 @@ class Trainee:
     config: FinetuneConfig
     rows: Prepared
     steps_done: int = 0
+    first_seed: int = 0
 
     def __post_init__(self) -> None:
-        torch.manual_seed(self.config.train.seed)
+        torch.manual_seed(self.first_seed)
         self.model = models.build(self.config, CPU)
         self.strategy = DataParallel(CPU)
         self.optimizer = make_optimizer(self.model, self.config.optim)
@@ -145,7 +146,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(config: FinetuneConfig, 
     begun = Trainee(config, rows_of(config))
     begun.run(3)
     checkpoint.save(tmp_path, begun.model, begun.optimizer, step=3)
-    resumed = Trainee(replace(config, train=replace(config.train, seed=0)), rows_of(config))
+    resumed = Trainee(config, rows_of(config), first_seed=99)  # other new weights than the run began with
     resumed.steps_done = checkpoint.load(tmp_path, resumed.model, resumed.optimizer)
     assert resumed.run(6) == pytest.approx(losses[3:], abs=1e-6)
 
@@ -240,6 +241,29 @@ def test_preflight_knows_the_models_layers_and_positions(config: FinetuneConfig,
     long = replace(config, data=Data(source=Jsonl(str(rows)), processor=Instruct(), max_length=1000))
     with pytest.raises(UserError, match=r"set data\.max_length=256"):
         preflight.check(long, tmp_path)
+
+
+def test_a_run_takes_no_directory_that_is_something_else(config: FinetuneConfig, tmp_path: Path) -> None:
+    config = replace(config, output="runs", checkpoint=replace(config.checkpoint, resume=False))
+    (tmp_path / "runs" / "test").mkdir(parents=True)
+    (tmp_path / "runs" / "test" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds files that are of no run"):
+        preflight.check(config, tmp_path)
+    inside = save_model(tmp_path / "runs" / "other" / "model")
+    (tmp_path / "runs" / "other" / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="which this run writes"):
+        preflight.check(replace(config, name="other", model=ModelSource(str(inside))), tmp_path)
+
+
+def test_a_resumed_run_keeps_what_it_was_begun_with(config: FinetuneConfig, tmp_path: Path) -> None:
+    config = replace(config, output="runs")
+    (tmp_path / "runs" / "test").mkdir(parents=True)
+    (tmp_path / "runs" / "test" / "config.json").write_text(json.dumps(plain(config)))
+    preflight.check(override(config, "train.max_steps=9"), tmp_path)
+    with pytest.raises(UserError, match=r"begun with method\.rank = 8 and goes on so, not with 4"):
+        preflight.check(override(config, "method.rank=4"), tmp_path)
+    with pytest.raises(UserError, match=r"begun with method = Lora and goes on so, not with Full"):
+        preflight.check(override(config, "method=Full"), tmp_path)
 
 
 def test_a_finished_run_is_not_overwritten_unless_told_to(config: FinetuneConfig, tmp_path: Path) -> None:

@@ -700,7 +700,7 @@ def test_what_is_not_a_model_is_refused_in_one_line(base: Path, tmp_path: Path) 
         str(unconfigured): "no config.json",
         str(weightless): "no weights",
         str(mute): "no tokenizer",
-        "nobody/no-such-model": "cannot load",
+        "nobody/no-such-model": "cannot be loaded",
     }
     for path, words in refused.items():
         with pytest.raises(UserError, match=words) as caught:

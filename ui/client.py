@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -83,13 +83,14 @@ class Platform:
     def submit(self, config_file: Path, overrides: Sequence[str] = (), *, address: str | None = None) -> str:
         """Run a config as a Ray job, which goes on by itself; returns the job's id.
 
-        `address` is the cluster's job server, http://host:8265; None is the cluster that runs here, or one started for it.
-        On this machine, relative paths mean what they mean to the caller. A cluster elsewhere gets a copy of the project,
-        and the config has to be in it.
+        `address` None is the cluster that runs here: relative paths mean there what they mean to the caller. A job server,
+        http://host:8265, gets a copy of the project, and the config has to be in it.
         """
         command = ["-m", "finetune", str(config_file), *overrides]
-        if address is None or _is_here(address):
-            entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join([sys.executable, *command])}"
+        if address is None:
+            # Left alone, Ray has the job look for a cluster, and it may find another one of this machine.
+            ours = f"RAY_ADDRESS={_gcs_address()} " if self.is_connected() else ""
+            entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && {ours}{shlex.join([sys.executable, *command])}"
             runtime_env = cluster.code()
         else:
             if not config_file.resolve().is_relative_to(cluster.PROJECT):
@@ -242,7 +243,8 @@ class Platform:
         from ray.job_submission import JobSubmissionClient
 
         try:
-            return JobSubmissionClient(address)
+            with _without_defaults() if address else nullcontext():
+                return JobSubmissionClient(address)
         except (ConnectionError, RuntimeError) as error:
             where = f"at {address}" if address else "here"
             raise UserError(f"no Ray job server answers {where}: {str(error).splitlines()[0]}") from error
@@ -253,6 +255,13 @@ class Platform:
         if response.is_error:
             raise UserError(_error_message(response))
         return response.json()
+
+
+def _gcs_address() -> str:
+    import ray
+
+    address: str = ray.get_runtime_context().gcs_address
+    return address
 
 
 def _find_job_server_after(connect: Callable[[], bool]) -> bool:
@@ -267,16 +276,23 @@ def _find_job_server_after(connect: Callable[[], bool]) -> bool:
 
 
 @contextmanager
+def _without_defaults() -> Iterator[None]:
+    """Ray lets these variables decide over the address that its job client is given."""
+    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+@contextmanager
 def _reaching(url: str) -> Iterator[None]:
     """Within it, an endpoint that does not answer is the user's mistake and not a traceback."""
     try:
         yield
     except httpx.TransportError as error:
         raise UserError(f"nothing answers at {url}: start it with manta serve CONFIG, or name another --url") from error
-
-
-def _is_here(address: str) -> bool:
-    return any(host in address for host in ("//127.0.0.1", "//localhost"))
 
 
 def _error_message(response: httpx.Response) -> str:

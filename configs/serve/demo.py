@@ -3,6 +3,7 @@
 from serve import ModelSource, ServeConfig, ServedModel
 
 config = ServeConfig(
+    name="demo",
     models=(
         ServedModel(
             id="demo",

@@ -66,7 +66,11 @@ def _span(messages: Sequence[Message], index: int, text: str, tokenizer: Tokeniz
     through = text if index == len(messages) - 1 else conversation_text(tokenizer, messages[: index + 1])
     if not text.startswith(before) or not text.startswith(through):
         # Some templates rewrite earlier turns (they drop the reasoning of all but the last); then only "last" is exact.
-        raise UserError("the chat template rewrites earlier turns: use loss='last'")
+        if index < len(messages) - 1:
+            raise UserError("the chat template rewrites earlier turns: use loss='last'")
+        raise UserError(
+            "the chat template opens an answer otherwise than it writes one, so no answer can be learned with it"
+        )
     return len(before), len(through)
 
 

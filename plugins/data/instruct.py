@@ -10,6 +10,8 @@ from plugins.types import Example, Message, Row
 class Instruct:
     """The names of a row's fields. The user's turn is the instruction and, after a blank line, the input if it has any.
 
+    Rows with an empty answer are left out.
+
     `input` None: rows have no such field. `system` is a fixed system message for every row.
     """
 
@@ -19,10 +21,12 @@ class Instruct:
     system: str | None = None
 
     def __call__(self, row: Row, tokenizer: Tokenizer) -> Example | None:
-        question = _text(row, self.instruction)
+        question, answer = _text(row, self.instruction), _text(row, self.output)
+        if not answer:
+            return None
         if self.input is not None and row.get(self.input):
             question += "\n\n" + _text(row, self.input)
-        messages = [Message("user", question), Message("assistant", _text(row, self.output))]
+        messages = [Message("user", question), Message("assistant", answer)]
         if self.system is not None:
             messages.insert(0, Message("system", self.system))
         return conversation(messages, tokenizer, loss="last")

@@ -17,8 +17,9 @@ class Jsonl:
     path: Annotated[str, NOT_EMPTY]
 
     def read(self) -> Iterator[tuple[str, Row]]:
-        with _existing(self.path).open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+        with _existing(self.path).open("rb") as lines:
+            for number, raw in enumerate(lines, 1):
+                line = _text(raw, f"{self.path} line {number}")
                 if not line.strip():
                     continue
                 place = f"{self.path} line {number}"
@@ -40,7 +41,7 @@ class Csv:
     def read(self) -> Iterator[tuple[str, Row]]:
         with _existing(self.path).open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            for row in reader:
+            for row in _readable(reader, self.path):
                 place = f"{self.path} line {reader.line_num}"
                 if None in row or None in row.values():
                     raise UserError(f"{place}: has not the {len(reader.fieldnames or [])} columns of the first line")
@@ -82,6 +83,20 @@ class Hub:
             raise UserError(f"data set {self.name!r}, split {self.split!r}, cannot be loaded: {reason}") from error
         for number, row in enumerate(rows, 1):
             yield f"{self.name} {self.split} row {number}", row
+
+
+def _text(raw: bytes, place: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not UTF-8 ({error.reason} at byte {error.start + 1})") from error
+
+
+def _readable(reader: "csv.DictReader[str]", path: str) -> Iterator[dict[str, str]]:
+    try:
+        yield from reader
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} line {reader.line_num + 1}: not CSV in UTF-8 ({error})") from error
 
 
 def _existing(path: str) -> Path:

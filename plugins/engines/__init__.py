@@ -39,8 +39,8 @@ class Engine(Protocol):
 
 @runtime_checkable
 class EngineSpec(Protocol):
-    def start(self, source: ModelSource, cpus: float) -> Engine:
-        """Load `source` (blocking; `cpus` is what the replica was given). Raises UserError for what is not a model."""
+    def start(self, source: ModelSource, cpus: float, gpus: float) -> Engine:
+        """Load `source` (blocking) on what the replica was given. Raises UserError for what is not a model."""
         ...
 
 
@@ -55,7 +55,7 @@ class Torch:
     max_batch: Annotated[int, at_least(1)] = 16
     max_length: Annotated[int | None, at_least(1)] = None
 
-    def start(self, source: ModelSource, cpus: float) -> Engine:
+    def start(self, source: ModelSource, cpus: float, gpus: float = 0) -> Engine:
         from plugins.engines.torch import TorchEngine
 
-        return TorchEngine(source, max_batch=self.max_batch, max_length=self.max_length, cpus=cpus)
+        return TorchEngine(source, max_batch=self.max_batch, max_length=self.max_length, cpus=cpus, gpus=gpus)

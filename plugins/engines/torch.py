@@ -41,10 +41,12 @@ class TorchEngine:
     string that the text leaves out, as vLLM's does.
     """
 
-    def __init__(self, source: ModelSource, *, max_batch: int, max_length: int | None, cpus: float) -> None:
+    def __init__(
+        self, source: ModelSource, *, max_batch: int, max_length: int | None, cpus: float, gpus: float = 0
+    ) -> None:
         hardware.use_threads(cpus)
         check_model_files(source, "source.path")
-        tokenizer, model = load(AutoTokenizer, source), _load_model(source)
+        tokenizer, model = load(AutoTokenizer, source), _load_model(source, gpus)
         self._source = source
         self._eos: int | list[int] | None = model.generation_config.eos_token_id
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
@@ -137,9 +139,9 @@ class TorchEngine:
         return run / "adapter", Voice.of(tokenizer, self._eos)
 
 
-def _load_model(source: ModelSource) -> Any:
+def _load_model(source: ModelSource, gpus: float) -> Any:
     """The model of `source` on this process's device, in its compute dtype."""
-    device = hardware.device()
+    device = hardware.device(gpus)
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     model = load(AutoModelForCausalLM, source, **{name: hardware.compute_dtype(source.dtype, device)})
     return model.to(device).eval().requires_grad_(False)

@@ -29,9 +29,16 @@ def chat_tab(page: gr.Blocks, platform: Platform) -> None:
             temperature = gr.Slider(0, 2, value=0.7, step=0.1, label="Temperature", scale=2)
             max_tokens = gr.Number(256, precision=0, minimum=1, label="Max tokens", scale=1, min_width=110)
         talk = gr.Chatbot(
-            show_label=False, height=440, buttons=["copy"], feedback_options=None, placeholder="Nothing said yet."
+            label="Conversation",
+            show_label=False,
+            height=440,
+            buttons=["copy"],
+            feedback_options=None,
+            placeholder="Nothing said yet.",
         )
-        box = gr.Textbox(show_label=False, placeholder="Say something", submit_btn=True, lines=1, max_lines=8)
+        box = gr.Textbox(
+            label="Message", show_label=False, placeholder="Say something", submit_btn=True, lines=1, max_lines=8
+        )
 
     page.load(look, model, model, **QUIET)
     tab.select(look, model, model, **QUIET)

@@ -119,7 +119,9 @@ class Parts:
 
 def _render() -> Parts:
     title = gr.Markdown()
-    runs = gr.Dataframe(headers=RUN_COLUMNS, show_label=False, interactive=False, buttons=[], visible=False)
+    runs = gr.Dataframe(
+        headers=RUN_COLUMNS, label="Runs", show_label=False, interactive=False, buttons=[], visible=False
+    )
     losses = gr.LinePlot(
         x="step", y="loss", color="of", color_title="", color_map=LOSS_COLORS, label="Losses", buttons=[], visible=False
     )
@@ -127,7 +129,7 @@ def _render() -> Parts:
     state = gr.Markdown()
     with gr.Row():
         find_jobs = gr.Button("Find running jobs", size="sm", scale=0, min_width=160)
-        jobs = gr.Dropdown([], show_label=False, container=False, scale=4, visible=False)
+        jobs = gr.Dropdown([], label="Job", show_label=False, container=False, scale=4, visible=False)
         stop = gr.Button("Stop job", variant="stop", scale=1, min_width=90, visible=False)
     log = gr.Textbox(
         label="Log", lines=12, max_lines=12, interactive=False, buttons=["copy"], visible=False, elem_classes="log"

@@ -78,9 +78,11 @@ class Parts:
 
 def _render() -> Parts:
     state = gr.Markdown()
-    models = gr.Dataframe(headers=["Model"], show_label=False, interactive=False, buttons=[], visible=False)
+    models = gr.Dataframe(
+        headers=["Model"], label="Models", show_label=False, interactive=False, buttons=[], visible=False
+    )
     with gr.Row():
-        applications = gr.Dropdown([], show_label=False, container=False, scale=4, visible=False)
+        applications = gr.Dropdown([], label="Application", show_label=False, container=False, scale=4, visible=False)
         stop = gr.Button("Stop serving", variant="stop", scale=1, min_width=120, visible=False)
     with gr.Row():
         refresh = gr.Button("Refresh", size="sm", scale=0, min_width=160)
