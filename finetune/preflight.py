@@ -1,6 +1,7 @@
 """What a run will need, and whether it is there: all of it looked at before anything starts."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from plugins.spec import UserError, plain
 from plugins.template import Tokenizer
 from plugins.types import RunManifest
 
+log = logging.getLogger(__name__)
 Resources = Mapping[str, float]
 GIB = 1024**3
 
@@ -45,6 +47,7 @@ def check(config: FinetuneConfig, root: Path) -> Ready:
     check_model_files(config.model, "model.path")
     model = outline(config)
     tokenizer = load_tokenizer(config.model)
+    log.info("run %s: reading the rows", config.name)
     rows = prepare(config.data, tokenizer, seed=config.train.seed)
     _check_fit(model, rows)
     weights = sum(parameter.numel() for parameter in model.parameters())

@@ -37,7 +37,6 @@ def finetune(config: FinetuneConfig, *, config_file: Path | None = None, overrid
     `config_file` and `overrides` are kept with the run. Raises UserError before anything starts, for whatever is wrong
     with the config, the rows, the model or the size of the cluster.
     """
-    log.info("run %s: reading the rows", config.name)
     ready = preflight.check(config, cluster.output_root())
     _say(ready)
     with _alone(ready.directory), cluster.connection():

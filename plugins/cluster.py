@@ -13,8 +13,8 @@ from typing import Any
 from plugins.spec import UserError
 
 PROJECT = Path(__file__).resolve().parents[1]
-# In the language of .gitignore: code only. Models and rows in the project's folder may be many gigabytes.
-EXCLUDES = ["/*", "!/finetune/", "!/serve/", "!/plugins/", "!/ui/", "!/*.py"]
+# In the language of .gitignore: of the folders only the code. Models and rows beside it may be many gigabytes.
+EXCLUDES = ["/*/", "!/finetune/", "!/serve/", "!/plugins/", "!/ui/"]
 
 
 def in_ray_job() -> bool:

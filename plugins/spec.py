@@ -279,7 +279,7 @@ def render(value: Any, indent: str = "") -> str:
 
 
 def plain(value: Any) -> Any:
-    """A spec as values that JSON can hold; each spec carries its class name under `type`."""
+    """A spec as values that JSON can hold, its class name under `type`; of another object only the name of its class."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"type": type(value).__name__} | fields
@@ -287,7 +287,9 @@ def plain(value: Any) -> Any:
         return [plain(member) for member in value]
     if isinstance(value, dict):
         return {str(key): plain(member) for key, member in value.items()}
-    return value if isinstance(value, str | int | float | bool | None) else render(value)
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    return value.__qualname__ if hasattr(value, "__qualname__") else type(value).__qualname__
 
 
 def apply(value: T, assignments: Iterable[str]) -> T:

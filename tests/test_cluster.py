@@ -301,3 +301,14 @@ def test_what_cannot_be_served_is_one_line_and_leaves_what_is_served_alone(
     assert said in output
     assert "Traceback" not in output
     assert served.shell.run("manta", "models", "--url", served.url).split() == ["tiny", "tiny:swift"]
+
+
+def test_a_model_that_its_engine_refuses_is_one_line(served: Served, project: Path) -> None:
+    output = served.shell.run(
+        "manta", "serve", str(project / "serve.py"), f"models.0.engine.max_length={LENGTH * 2}", exit_code=2
+    )
+    assert "manta could not be deployed" in output
+    assert "this model was made for at most" in output
+    assert "Traceback" not in output
+    served.shell.run("manta", "serve", str(project / "serve.py"))
+    assert served.shell.run("manta", "models", "--url", served.url).split() == ["tiny", "tiny:swift"]

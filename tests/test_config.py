@@ -3,11 +3,13 @@
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from finetune import Data, FinetuneConfig, Full, Instruct, Jsonl, Lora, ModelSource, Optim, Train
+from plugins import cluster
 from plugins.loading import load_config
 from plugins.spec import UserError, override, render
 from serve import Replicas, ServeConfig, ServedModel
@@ -196,6 +198,15 @@ def test_print_shows_the_resolved_config_and_stops() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert "lr=0.125" in done.stdout
+
+
+def test_the_code_and_nothing_else_travels_to_a_cluster(tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import create_package
+
+    create_package(str(cluster.PROJECT), tmp_path / "package.zip", excludes=cluster.EXCLUDES, include_gitignore=True)
+    names = zipfile.ZipFile(tmp_path / "package.zip").namelist()
+    assert {"finetune/worker.py", "serve/model.py", "plugins/engines/torch.py", "ui/client.py"} <= set(names)
+    assert {name.split("/")[0] for name in names if "/" in name} == {"finetune", "serve", "plugins", "ui"}
 
 
 def test_pickled_specs_stay_equal() -> None:

@@ -9,7 +9,7 @@ import threading
 
 import gradio as gr
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from plugins.spec import UserError
@@ -23,6 +23,11 @@ log = logging.getLogger(__name__)
 
 def open_page(platform: Platform, *, host: str, port: int) -> None:
     """Serve the page on http://host:port until interrupted. A cluster that the page started stops with it."""
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        # The page runs config files, so whoever reaches it runs programs here.
+        raise UserError(
+            f"--host {host}: the page has no login, so it opens on 127.0.0.1 only; reach it through an SSH tunnel"
+        )
     # Read when Ray is imported. Else a call that is late, after Ray was shut down, would start a second cluster.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     logging.getLogger("uvicorn.error").addFilter(_is_no_hanging_up)
@@ -45,6 +50,12 @@ def application(platform: Platform) -> FastAPI:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     app = FastAPI(openapi_url=None)
     app.add_middleware(OnlyThisHost)
+
+    @app.post("/gradio_api/upload")
+    def upload() -> None:
+        """Gradio would store any file for anyone; a config that was stored so could be run by its path."""
+        raise HTTPException(404)
+
     return gr.mount_gradio_app(  # type: ignore[no-any-return]
         app,
         page(platform),

@@ -111,10 +111,6 @@ def deploy(platform: Platform, path: Path, overrides: list[str]) -> Iterator[str
         yield f"Deploying `{config.name}`: {time.monotonic() - began:.0f} s{free}"
         wait([deploying], timeout=1)
     yield ""
-    failure = deploying.exception()
-    if type(failure) is RuntimeError:  # Serve's, which names no reason
-        application = _application(platform.status(), config.name)
-        raise UserError(f"{config.name} could not be deployed: {application.message if application else failure}")
     models = ", ".join(f"`{model}`" for model in deploying.result())
     elsewhere = urlsplit(platform.url).port != config.port
     note = f" on port {config.port}; to chat here, open the page with `--url`" if elsewhere else ""
