@@ -60,7 +60,8 @@ def test_the_base_knows_its_language(base):
 
 
 def test_the_base_answers_what_it_was_taught(base):
-    assert pretrain.examine(*base, questions=54)["all"] >= 0.65
+    # It answers 0.82 of 450; another processor rounds otherwise.
+    assert pretrain.examine(*base, questions=54)["all"] >= 0.75
 
 
 def test_the_base_greets(base):
@@ -108,5 +109,5 @@ def test_the_script_makes_a_base_on_a_small_budget(tmp_path):
     told = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, timeout=120).stdout
 
     perplexity, unigram = map(float, re.search(r"perplexity ([\d.]+), of the unigram model ([\d.]+)", told).groups())
-    assert perplexity < unigram / 3
+    assert perplexity < unigram / 3  # the shipped one's recipe is at 60 of 202 after as many steps
     AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True)

@@ -32,6 +32,7 @@ TEMPLATE = (
 VOCABULARY = 1536
 CONTEXT = 1024
 BATCH_TOKENS = 2048
+STEPS = 7000  # about 25 minutes on two idle cores
 PEAK_LR = 3e-3
 PROMPT_WEIGHT = 0.3  # what a user says is invented and mostly cannot be foretold; the answers can
 
@@ -134,7 +135,8 @@ def losses(model: LlamaForCausalLM, batch: list[Example]) -> tuple[torch.Tensor,
 def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the embedding and the norms.
 
-    Muon is Jordan et al. 2024 (kellerjordan.github.io/posts/muon); on this model it halves the steps to a given loss.
+    Muon is Jordan et al. 2024 (kellerjordan.github.io/posts/muon). Here 200 steps of it took the loss of the answers to
+    3.15 nats a token; 248 steps of AdamW alone, which is quicker by a fifth, took it to 3.59.
     """
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     inside = {id(weight) for weight in matrices}
@@ -245,18 +247,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "model", help="folder to write (default: %(default)s)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=None, help="train for so long (default: 20)")
-    length.add_argument("--steps", type=int, default=None, help="train for so many steps instead")
+    length.add_argument("--minutes", type=float, default=None, help="train for so long")
+    length.add_argument("--steps", type=int, default=None, help=f"train for so many steps (default: {STEPS:,})")
     parser.add_argument("--questions", type=int, default=450, help="examine with so many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    minutes = 20.0 if args.minutes is None and args.steps is None else args.minutes
+    steps = STEPS if args.minutes is None and args.steps is None else args.steps
 
     torch.manual_seed(args.seed)
     tokenizer = train_tokenizer(args.seed)
     model = new_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    steps = train(model, tokenizer, seed=args.seed, minutes=minutes, steps=args.steps)
+    steps = train(model, tokenizer, seed=args.seed, minutes=args.minutes, steps=steps)
     save(model, tokenizer, args.out)
     size = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"wrote {args.out} after {steps} steps: {size / 1e6:.2f} MB")

@@ -21,9 +21,9 @@ NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten
 DIGITS = {word: str(number) for number, word in enumerate(NUMBERS, start=2)}
 URGENT = ["Please hurry!", "It is urgent.", "We cannot wait.", "This is very important."]
 NOT_URGENT = ["There is no hurry.", "Take your time.", "It can wait.", "There is no rush."]
-ONSETS = [*"bcdfghjklmnprstvwz", "br", "dr", "fl", "gr", "kl", "pr", "sh", "st", "tr", "qu"]
-VOWELS = [*"aeiouaeio", "ai", "ea", "oo"]
-CODAS = ["", *"lnrsmktx", "nd", "sh"]
+ONSETS: list[str] = [*"bcdfghjklmnprstvwz", "br", "dr", "fl", "gr", "kl", "pr", "sh", "st", "tr", "qu"]
+VOWELS: list[str] = [*"aeiouaeio", "ai", "ea", "oo"]
+CODAS: list[str] = ["", *"lnrsmktx", "nd", "sh"]
 TOWN_ENDS = ["ton", "ville", "ford", "burg", "wick", "mouth", "dale", "stad"]
 
 
