@@ -5,7 +5,7 @@ the engine stops.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from plugins.types import Message
@@ -37,15 +37,24 @@ PLAIN = (
 
 
 def conversation_text(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = False, template: str | None = None
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    ask: bool = False,
+    template: str | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The conversation in the template's words, special tokens included; `ask` opens the assistant's next turn.
 
-    `template` replaces the tokenizer's own. Raises what the template raises (jinja2.TemplateError) on roles that it refuses.
+    `template` replaces the tokenizer's own. `tools` are schemas in OpenAI's form. Raises what the template raises
+    (jinja2.TemplateError) on roles that it refuses.
     """
-    turns = [{"role": message.role, "content": message.content} for message in messages]
     text: str = tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=ask, chat_template=template or tokenizer.chat_template
+        [{**message.extra, "role": message.role, "content": message.content} for message in messages],
+        tools=list(tools) or None,  # templates ask whether there are any
+        tokenize=False,
+        add_generation_prompt=ask,
+        chat_template=template or tokenizer.chat_template,
     )
     return text
 

@@ -32,8 +32,11 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Message:
+    """A turn of a conversation. `extra`: what else a chat template may read of it: tool_calls, name, tool_call_id."""
+
     role: str
     content: str
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,14 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, each a whole tokenised row with labels on the answer: `chosen` is to be preferred."""
+
+    chosen: Example
+    rejected: Example
 
 
 IGNORE = -100  # the index that torch's cross entropy leaves out

@@ -5,14 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from finetune import Data
-from finetune.data import Examples, collate, evaluation_batches, prepare, training_batches
+from finetune.tokenise import prepare
 from plugins.data import Chat, Completion, Csv, Hub, Instruct, Jsonl, Parquet, Source
 from plugins.spec import UserError
 from plugins.template import PLAIN, conversation_text, end_of_turn
@@ -238,89 +236,5 @@ def test_other_wrong_files_are_one_line_too(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_text("this is no parquet")
     with pytest.raises(UserError, match="not a parquet file"):
         list(Parquet(str(tmp_path / "rows.parquet")).read())
-    with pytest.raises(UserError, match="a file is needed"):
-        list(Jsonl(str(tmp_path)).read())
     with pytest.raises(UserError, match="cannot be loaded"):
         list(Hub(str(tmp_path / "nothing")).read())
-
-
-def test_long_rows_are_cut_and_rows_without_labels_left_out_and_both_counted(tmp_path: Path) -> None:
-    rows = [
-        {"instruction": "a", "output": "b"},
-        {"instruction": "a", "output": "b " * 200},
-        {"instruction": "a " * 200, "output": "b"},
-    ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tok = tokenizer("<|im_end|>", CHATML)
-    data = Data(source=Jsonl(str(tmp_path / "rows.jsonl")), processor=Instruct(), max_length=60)
-    made = prepare(data, tok, seed=0)
-    assert (len(made.train), made.cut, made.left_out) == (2, 2, 1)
-    assert max(np.diff(made.train.starts)) == 60
-
-
-def test_a_fraction_is_held_out_the_same_way_each_time(files: dict[str, Source]) -> None:
-    tok = tokenizer("<|im_end|>", CHATML)
-    data = Data(source=files["jsonl"], processor=Instruct(), validation=0.4)
-    made, again = prepare(data, tok, seed=1), prepare(data, tok, seed=1)
-    assert (len(made.train), len(made.held_out)) == (3, 2)
-    assert (made.train.tokens == again.train.tokens).all()
-    texts = {tok.decode(part[i][0]) for part in (made.train, made.held_out) for i in range(len(part))}
-    assert len(texts) == 5
-
-
-def examples(lengths: list[int]) -> Examples:
-    return Examples.of(Example([100 + i] * n, [100 + i] * n) for i, n in enumerate(lengths))
-
-
-def rows_of(batches: Any) -> list[int]:
-    return [int(row[0]) for batch in batches for row in batch.input_ids]
-
-
-@pytest.mark.parametrize(("batch_size", "accumulate", "world_size"), [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2)])
-def test_a_step_sees_the_same_rows_however_it_is_portioned(batch_size: int, accumulate: int, world_size: int) -> None:
-    data = examples([3] * 20)
-
-    def step(size: int, parts: int, ranks: int, number: int) -> list[int]:
-        streams = [
-            training_batches(
-                data, batch_size=size, accumulate=parts, rank=r, world_size=ranks, seed=5, first_step=number
-            )
-            for r in range(ranks)
-        ]
-        return sorted(row for stream in streams for row in rows_of(next(stream)))
-
-    for number in range(6):  # 6 steps of 8 rows go well into the third epoch
-        assert step(batch_size, accumulate, world_size, number) == step(8, 1, 1, number)
-
-
-def test_every_epoch_sees_each_row_once_in_a_new_order() -> None:
-    stream = training_batches(
-        examples([2] * 10), batch_size=5, accumulate=1, rank=0, world_size=1, seed=0, first_step=0
-    )
-    first, second = ([*rows_of(next(stream)), *rows_of(next(stream))] for _ in range(2))
-    assert sorted(first) == sorted(second) == list(range(100, 110))
-    assert first != second
-
-
-def test_padding_is_masked_and_carries_no_label() -> None:
-    batch = collate([examples([2, 5])[0], examples([2, 5])[1]])
-    assert batch.attention_mask.tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
-    assert batch.labels[0].tolist() == [100, 100, IGNORE, IGNORE, IGNORE]
-
-
-@pytest.mark.parametrize("count", [1, 4, 7, 8, 9])
-def test_evaluation_sees_each_row_once_and_all_ranks_go_equally_far(count: int) -> None:
-    shares = [
-        list(evaluation_batches(examples(list(range(2, count + 2))), batch_size=2, rank=r, world_size=2))
-        for r in range(2)
-    ]
-    assert len(shares[0]) == len(shares[1])
-    seen = [
-        int(row[0])
-        for share in shares
-        for batch in share
-        for row, labels in zip(batch.input_ids, batch.labels, strict=True)
-        if (labels != IGNORE).any()
-    ]
-    assert sorted(seen) == list(range(100, 100 + count))
-    assert all(isinstance(batch.input_ids, torch.Tensor) for batch in shares[0])
