@@ -13,7 +13,7 @@ from plugins.types import RunManifest
 
 
 def export(run: Path, checkpoint: Path, tokenizer: Tokenizer, manifest: RunManifest) -> None:
-    """Put the weights of directory `checkpoint` and the tokenizer into `run`, then the manifest."""
+    """Put the weights of directory `checkpoint` and the tokenizer into `run`. What makes it complete is the manifest."""
     weights = manifest.weights(run)
     for left_over in (run / ADAPTER, run / MODEL):
         shutil.rmtree(left_over, ignore_errors=True)
@@ -24,7 +24,6 @@ def export(run: Path, checkpoint: Path, tokenizer: Tokenizer, manifest: RunManif
     saved.save_pretrained(str(run))
     if manifest.method == "full":
         saved.save_pretrained(str(weights))  # so that model/ alone is a model
-    manifest.write(run)
 
 
 def _name_base(path: Path, manifest: RunManifest) -> None:

@@ -3,30 +3,32 @@
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from finetune.config import Optim, Train
 from finetune.data import Batch
-from finetune.objective import Objective
+from finetune.objective import Losses, Objective
 from finetune.strategy import DataParallel
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one step, over all ranks: mean loss, its weight (labelled tokens), tokens seen (unpadded), gradient norm, rate."""
+    """Of one step, over all ranks: mean loss, its weight (labelled tokens, or pairs), tokens seen (unpadded), gradient norm,
+    rate, and the means of the objective's metrics."""
 
     loss: float
     weight: int
     tokens: int
     grad_norm: float
     lr: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Window:
-    """The steps since the last report, and what they come to: loss is the mean over their labelled tokens."""
+    """The steps since the last report, and what they come to: means are those over their weight."""
 
     def __init__(self, started: float) -> None:
         self.started = started
@@ -37,8 +39,10 @@ class Window:
 
     def close(self, now: float) -> dict[str, Any]:
         weight = max(1, sum(step.weight for step in self.steps))
+        names = self.steps[-1].metrics
         return {
             "loss": sum(step.loss * step.weight for step in self.steps) / weight,
+            **{name: sum(step.metrics[name] * step.weight for step in self.steps) / weight for name in names},
             "lr": self.steps[-1].lr,
             "grad_norm": self.steps[-1].grad_norm,
             "tokens_per_s": sum(step.tokens for step in self.steps) / max(now - self.started, 1e-9),
@@ -71,25 +75,37 @@ def training_step(
         torch.stack(
             [
                 torch.stack([objective.weight(batch) for batch in micro_batches]).sum(),
-                torch.stack([batch.attention_mask.sum() for batch in micro_batches]).sum(),
+                torch.tensor(sum(batch.tokens for batch in micro_batches), device=strategy.device),
             ]
         )
     ).tolist()
-    total = torch.zeros((), device=strategy.device)
+    totals: dict[str, torch.Tensor] = {}
     for index, batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
         with nullcontext() if is_last else strategy.accumulating(model):
             with autocast(strategy.device, dtype):
-                loss = objective.loss(model, batch)
+                losses = objective.losses(model, batch)
             # DDP averages over ranks: world_size turns that into the sum.
-            (loss * (strategy.world_size / max(weight, 1))).backward()
-        total += loss.detach()
+            (losses.loss * (strategy.world_size / max(weight, 1))).backward()
+        _add(totals, losses)
     grad_norm = strategy.clip(model, clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return StepResult(strategy.sum(total).item() / max(weight, 1), weight, tokens, grad_norm, lr)
+    means = _means(totals, weight, strategy)
+    return StepResult(means.pop("loss"), weight, tokens, grad_norm, lr, means)
+
+
+def _add(totals: dict[str, torch.Tensor], losses: Losses) -> None:
+    for name, value in {"loss": losses.loss.detach(), **losses.metrics}.items():
+        totals[name] = totals.get(name, 0) + value.double()
+
+
+def _means(totals: dict[str, torch.Tensor], weight: float, strategy: DataParallel) -> dict[str, float]:
+    """Sums of this rank -> means over all ranks."""
+    summed = strategy.sum(torch.stack(list(totals.values()))).tolist()
+    return {name: value / max(weight, 1) for name, value in zip(totals, summed, strict=True)}
 
 
 @torch.no_grad()
@@ -100,18 +116,18 @@ def evaluate(
     objective: Objective,
     strategy: DataParallel,
     dtype: torch.dtype,
-) -> float:
-    """The mean loss over `batches` of all ranks."""
+) -> dict[str, float]:
+    """`loss` and the objective's metrics: means over `batches` of all ranks. There must be at least one batch."""
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=strategy.device)
+    totals: dict[str, torch.Tensor] = {}
+    weight = torch.zeros((), device=strategy.device, dtype=torch.int64)
     for batch in batches:
         moved = batch.to(strategy.device)
         with autocast(strategy.device, dtype):
-            sums[0] += objective.loss(model, moved)
-        sums[1] += objective.weight(moved)
+            _add(totals, objective.losses(model, moved))
+        weight += objective.weight(moved)
     model.train()
-    loss, weight = strategy.sum(sums)
-    return float(loss / weight.clamp(min=1))
+    return _means(totals, strategy.sum(weight).item(), strategy)
 
 
 def make_optimizer(model: torch.nn.Module, optim: Optim) -> torch.optim.AdamW:
@@ -138,8 +154,8 @@ def schedule(optim: Optim, steps: int) -> Callable[[int], float]:
     return rate
 
 
-def total_steps(train: Train, rows: int, world_size: int) -> int:
-    """How many steps the run has: max_steps, else what the epochs come to."""
+def total_steps(train: Train, units: int, world_size: int) -> int:
+    """How many steps the run has: max_steps, else what the epochs of so many rows or packs come to."""
     if train.max_steps is not None:
         return train.max_steps
-    return max(1, math.ceil(rows * train.epochs / (train.batch_size * train.accumulate * world_size)))
+    return max(1, math.ceil(units * train.epochs / (train.batch_size * train.accumulate * world_size)))

@@ -3,15 +3,20 @@
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.config import FinetuneConfig
-from finetune.data import Prepared, prepare
+from finetune.config import FinetuneConfig, Lora, Sft
+from finetune.data import units_an_epoch
+from finetune.evaluate import questions
 from finetune.loop import total_steps
+from finetune.lora import check_quantize
 from finetune.model import load_tokenizer, outline
+from finetune.tokenise import Prepared, prepare
 from plugins import cluster
+from plugins.data import Csv, Json, Jsonl, Mixture, Parquet, Source
 from plugins.model_files import check_model_files
 from plugins.runs import RESOLVED, is_run
 from plugins.spec import UserError, plain
@@ -44,25 +49,31 @@ def check(config: FinetuneConfig, root: Path) -> Ready:
     if config.model.is_local:
         here = Path(config.model.path).expanduser().absolute()
         config = replace(config, model=replace(config.model, path=str(here)))
+    config = replace(config, data=replace(config.data, source=_absolute(config.data.source)))
     check_model_files(config.model, "model.path")
+    _check_machine(config)
     model = outline(config)
     tokenizer = load_tokenizer(config.model)
     log.info("run %s: reading the rows", config.name)
     rows = prepare(config.data, tokenizer, seed=config.train.seed)
-    _check_fit(model, rows)
+    _check_pairs(config, rows)
+    _check_fit(model, rows, config)
+    if config.scoring:
+        questions(rows.held_out, tokenizer, rows=1)  # that there is something to ask
     weights = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    frozen_bytes = 2 if config.scaling.gpus else 4
+    quantize = config.method.quantize if isinstance(config.method, Lora) else None
+    frozen_bytes = {"int8": 1.0, "nf4": 0.5, None: 2.0}[quantize]
     return Ready(
         config=config,
         directory=directory,
         tokenizer=tokenizer,
         rows=rows,
-        steps=total_steps(config.train, len(rows.train), config.scaling.workers),
+        steps=total_steps(config.train, units_an_epoch(rows.train, config.data), config.scaling.workers),
         weights=weights,
         trained_weights=trained,
         # A trained weight has its fp32 value, its gradient and AdamW's two moments.
-        bytes_a_worker=(weights - trained) * frozen_bytes + trained * 16,
+        bytes_a_worker=int((weights - trained) * frozen_bytes) + trained * 16,
     )
 
 
@@ -89,10 +100,13 @@ RESUME_MAY_CHANGE = (
     "checkpoint",
     "scaling",
     "output",
+    "scoring",
+    "track",
     "train.max_steps",
     "train.epochs",
     "train.eval_every",
     "train.log_every",
+    "train.patience",
 )
 
 
@@ -122,7 +136,7 @@ def _check_same(begun: object, now: object, run: str, field: str = "") -> None:
     if field in RESUME_MAY_CHANGE:
         return
     if isinstance(begun, dict) and isinstance(now, dict) and begun.get("type") == now.get("type"):
-        for name in begun.keys() | now.keys():
+        for name in begun.keys() & now.keys():
             _check_same(begun.get(name), now.get(name), run, f"{field}.{name}".lstrip("."))
     elif begun != now:
         raise UserError(
@@ -135,10 +149,42 @@ def _short(value: object) -> object:
     return value.get("type", value) if isinstance(value, dict) else value
 
 
-def _check_fit(model: object, rows: Prepared) -> None:
+def _absolute(source: Source) -> Source:
+    """A source of files as a worker can read it, which runs in another directory."""
+    if isinstance(source, Mixture):
+        return replace(source, sources=tuple(map(_absolute, source.sources)))
+    if isinstance(source, Jsonl | Json | Csv | Parquet):
+        return replace(source, path=str(Path(source.path).expanduser().absolute()))
+    return source
+
+
+def _check_machine(config: FinetuneConfig) -> None:
+    if isinstance(config.method, Lora):
+        check_quantize(config.method)
+    if config.train.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise UserError("train.compile needs a C++ compiler, and there is none here: install g++, or leave it out")
+
+
+def _check_pairs(config: FinetuneConfig, rows: Prepared) -> None:
+    objective = type(config.objective).__name__
+    processor = type(config.data.processor).__name__
+    pairs = rows.train.pairs
+    if pairs and isinstance(config.objective, Sft):
+        raise UserError(
+            f"data.processor = {processor} makes pairs: objective = Sft learns single answers; use Dpo or Orpo"
+        )
+    if not pairs and not isinstance(config.objective, Sft):
+        raise UserError(
+            f"objective = {objective} learns from pairs: data.processor = Preference makes them, {processor} not"
+        )
+
+
+def _check_fit(model: object, rows: Prepared, config: FinetuneConfig) -> None:
     settings = model.config.get_text_config()  # type: ignore[attr-defined]
     longest = max(int((part.starts[1:] - part.starts[:-1]).max(initial=0)) for part in (rows.train, rows.held_out))
     positions = getattr(settings, "max_position_embeddings", None)
+    if config.data.streaming:
+        longest = config.data.max_length  # rows that long may come
     if positions and longest > positions:
         raise UserError(
             f"data.max_length: rows have up to {longest} tokens, and the model has {positions} positions: "

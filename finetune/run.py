@@ -9,18 +9,20 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, UserCallback
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from finetune import preflight
+from finetune import evaluate, preflight, track
 from finetune.config import FinetuneConfig, Lora
 from finetune.export import export, versions
+from finetune.track import Tracker
 from finetune.worker import run_rank
 from plugins import cluster
 from plugins.pretrained import first_line
@@ -37,6 +39,7 @@ def finetune(config: FinetuneConfig, *, config_file: Path | None = None, overrid
     `config_file` and `overrides` are kept with the run. Raises UserError before anything starts, for whatever is wrong
     with the config, the rows, the model or the size of the cluster.
     """
+    track.check(config.track)
     ready = preflight.check(config, cluster.output_root())
     _say(ready)
     with _alone(ready.directory), cluster.connection():
@@ -44,25 +47,30 @@ def finetune(config: FinetuneConfig, *, config_file: Path | None = None, overrid
         _begin(ready, config, config_file)
         _say_start(config)
         started = time.monotonic()
-        with _progress(ready.directory):
-            result = _fit(ready)
-        metrics = _final_metrics(ready.directory)
-        manifest = RunManifest(
-            name=config.name,
-            base=config.model.path if cluster.in_uploaded_copy() else ready.config.model.path,
-            revision=config.model.revision,
-            method="lora" if isinstance(config.method, Lora) else "full",
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            seconds=round(time.monotonic() - started, 1),
-            steps=int(metrics["step"]),
-            metrics=metrics,
-            overrides=list(overrides),
-            config=plain(config),
-            versions=versions(),
-        )
-        assert result.checkpoint is not None  # the last step always saves
-        with result.checkpoint.as_directory() as saved:
-            export(ready.directory, Path(saved), ready.tokenizer, manifest)
+        with track.opened(config, ready.directory) as trackers:
+            with _progress(ready.directory, trackers):
+                saved, metrics = _weights_to_export(_fit(ready), config)
+            manifest = RunManifest(
+                name=config.name,
+                base=config.model.path if cluster.in_uploaded_copy() else ready.config.model.path,
+                revision=config.model.revision,
+                method="lora" if isinstance(config.method, Lora) else "full",
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                seconds=round(time.monotonic() - started, 1),
+                steps=int(metrics["step"]),
+                metrics=metrics | _base_metrics(ready.directory),
+                overrides=list(overrides),
+                config=plain(config),
+                versions=versions(),
+            )
+            with saved.as_directory() as directory:
+                export(ready.directory, Path(directory), ready.tokenizer, manifest)
+            if config.scoring:
+                scores = evaluate.score(ready.config, ready.directory, ready.rows.held_out, ready.tokenizer)
+                manifest = replace(manifest, metrics=manifest.metrics | scores)
+            manifest.write(ready.directory)
+            for tracker in trackers:
+                tracker.finish(manifest.metrics)
     log.info("run %s is finished: %s", config.name, ready.directory)
     return ready.directory
 
@@ -73,8 +81,8 @@ def _say(ready: preflight.Ready) -> None:
         "%d rows to learn from, %d held out; %d of %d weights trained; %d steps",
         len(rows.train), len(rows.held_out), ready.trained_weights, ready.weights, ready.steps,
     )  # fmt: skip
-    if rows.cut or rows.left_out:
-        log.info("%d rows were cut to %d tokens, %d left out", rows.cut, config.data.max_length, rows.left_out)
+    if said := rows.counts.words(config.data.max_length):
+        log.info("%s", said)
 
 
 def _say_start(config: FinetuneConfig) -> None:
@@ -122,7 +130,7 @@ def _fit(ready: preflight.Ready) -> Result:
         run_config=RunConfig(
             name=CHECKPOINTS,
             storage_path=str(ready.directory),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            checkpoint_config=_checkpoints(config),
             # Ray's own limits are none: what cannot work would be tried for ever.
             failure_config=FailureConfig(max_failures=1, controller_failure_limit=1),  # type: ignore[call-arg]
             callbacks=[MetricsFile(str(ready.directory))],  # type: ignore[list-item]
@@ -137,6 +145,15 @@ def _fit(ready: preflight.Ready) -> Result:
         raise
     except ControllerError as error:
         raise UserError(f"Ray could not start the workers: {first_line(error)}") from error
+
+
+def _checkpoints(config: FinetuneConfig) -> CheckpointConfig:
+    """The newest always stays, to go on from; those that stay besides are the newest, or the best where that is exported."""
+    if config.checkpoint.export == "last":
+        return CheckpointConfig(num_to_keep=config.checkpoint.keep)
+    return CheckpointConfig(
+        num_to_keep=config.checkpoint.keep, checkpoint_score_attribute="eval_loss", checkpoint_score_order="min"
+    )
 
 
 class MetricsFile(UserCallback):
@@ -158,25 +175,41 @@ class MetricsFile(UserCallback):
         self.attempt_begins = True  # the next attempt goes back to the last checkpoint
 
 
-def _final_metrics(run: Path) -> dict[str, float]:
-    """The last line of metrics.jsonl, and the base's held-out loss from its first."""
-    lines = read_metrics(run)
-    base = {"base_eval_loss": lines[0]["eval_loss"]} if lines[0]["step"] == 0 else {}
-    return lines[-1] | base
+def _weights_to_export(result: Result, config: FinetuneConfig) -> tuple[Checkpoint, dict[str, Any]]:
+    """A checkpoint, and the line of metrics that came with it: the last, or that with the lowest held-out loss."""
+    assert result.checkpoint is not None  # the last step always saves
+    assert result.metrics is not None
+    if config.checkpoint.export == "last":
+        return result.checkpoint, result.metrics
+    evaluated = [(saved, metrics) for saved, metrics in result.best_checkpoints or [] if "eval_loss" in metrics]
+    saved, metrics = min(evaluated, key=lambda found: found[1]["eval_loss"])
+    log.info("step %d had the lowest held-out loss: its weights are taken", metrics["step"])
+    return saved, metrics
+
+
+def _base_metrics(run: Path) -> dict[str, float]:
+    """The base's held-out loss, from the first line of metrics.jsonl."""
+    first = read_metrics(run)[0]
+    return {"base_eval_loss": first["eval_loss"]} if first["step"] == 0 else {}
 
 
 @contextmanager
-def _progress(run: Path) -> Iterator[None]:
-    """Log the lines of metrics.jsonl as they come, until the block ends."""
+def _progress(run: Path, trackers: Sequence[Tracker]) -> Iterator[None]:
+    """Log the lines of metrics.jsonl as they come, and hand every line to `trackers` once, until the block ends."""
     ended = threading.Event()
 
     def follow() -> None:
-        seen = {line["step"] for line in read_metrics(run)}
+        before = {line["step"] for line in read_metrics(run)}  # of an earlier attempt
+        seen: set[int] = set()
         while True:
             last_look = ended.wait(0.5)
             for line in read_metrics(run):
-                if line["step"] not in seen:
-                    seen.add(line["step"])
+                if line["step"] in seen:
+                    continue
+                seen.add(line["step"])
+                for tracker in trackers:
+                    tracker.log(line)
+                if line["step"] not in before:
                     log.info("%s", progress_line(line))
             if last_look:
                 return
@@ -195,4 +228,8 @@ def progress_line(metrics: dict[str, Any]) -> str:
     line = f"step {metrics['step']}/{metrics['steps']}"
     if "loss" in metrics:
         line += f"  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  {metrics['tokens_per_s']:,.0f} tokens/s"
-    return line + (f"  held-out loss {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else "")
+    if "accuracy" in metrics:
+        line += f"  chosen ahead {metrics['accuracy']:.0%}"
+    if "eval_loss" in metrics:
+        line += f"  held-out loss {metrics['eval_loss']:.4f}"
+    return line + (f" (chosen ahead {metrics['eval_accuracy']:.0%})" if "eval_accuracy" in metrics else "")

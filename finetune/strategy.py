@@ -1,12 +1,15 @@
 """The one seam for distribution: how ranks share a model, its gradients and their sums."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune.config import Ddp
+
+T = TypeVar("T")
 
 
 class DataParallel:
@@ -37,6 +40,14 @@ class DataParallel:
         if self.world_size > 1:
             distributed.all_reduce(value)
         return value
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank, in their order; any object that can be pickled."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T] = [value] * self.world_size
+        distributed.all_gather_object(values, value)
+        return values
 
 
 def strategy_of(config: Ddp, device: torch.device) -> DataParallel:

@@ -3,7 +3,8 @@
 There is no registry: write an object with the right verbs in your config file, and pass it.
 
 - Where rows come from: `read()` yields (place, row). See `plugins.data.Source`; `plugins.data.sources` has the examples.
-- How a row becomes tokens and labels: a callable (row, tokenizer) -> Example | None. See `plugins.data.DataProcessor`.
+- How a row becomes tokens and labels: a callable (row, tokenizer) -> Example | Pair | None. See
+  `plugins.data.DataProcessor`.
 - What generates text: a spec whose `start(source, cpus)` returns an Engine. See `plugins.engines`.
 
 A plug-in travels to Ray workers and replicas by pickle: keep it light, hold plain values, and import heavy libraries in

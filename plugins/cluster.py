@@ -33,18 +33,21 @@ def connection() -> Iterator[bool]:
     if ray.is_initialized():
         yield False
         return
-    started = connect()
+    started = connect(dashboard=False)
     try:
         yield started
     finally:
         ray.shutdown()
 
 
-def connect() -> bool:
-    """Connect to the Ray cluster that runs here, or start one; returns whether it was started."""
+def connect(*, dashboard: bool = True) -> bool:
+    """Connect to the Ray cluster that runs here, or start one; returns whether it was started.
+
+    `dashboard`: one that is started takes jobs and shows itself on a web page. The processes for it are never quite idle.
+    """
     if attach():
         return False
-    _init("local")
+    _init("local", include_dashboard=dashboard)
     return True
 
 
@@ -97,10 +100,10 @@ def code() -> dict[str, Any]:
     return {"working_dir": str(PROJECT), "excludes": EXCLUDES}
 
 
-def _init(address: str) -> None:
+def _init(address: str, **options: Any) -> None:
     import ray
 
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    options |= {"log_to_driver": False, "logging_level": "ERROR"}
     if not in_ray_job():
         # The code travels as the working directory, so that workers on any node, in any environment, import the same; a
         # submitted job brought it along already.

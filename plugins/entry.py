@@ -46,8 +46,8 @@ def run(act: Callable[[], None], *, name: str) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for package in ("finetune", "serve", "plugins", "ui"):
         logging.getLogger(package).setLevel(logging.INFO)
-    for chatty in ("ray", "ray.serve"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for chatty, level in {"ray": logging.WARNING, "ray.serve": logging.WARNING, "bitsandbytes": logging.ERROR}.items():
+        logging.getLogger(chatty).setLevel(level)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # between transformers and peft
     try:
         act()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from plugins.spec import UserError, apply
+from plugins.spec import UserError, override
 
 T = TypeVar("T")
 
@@ -33,7 +33,8 @@ def load_config(path: str | Path, kind: type[T], overrides: Iterable[str] = ()) 
     config = names["config"]
     if not isinstance(config, kind):
         raise UserError(f"{path}: config is a {type(config).__name__}; {kind.__name__} is needed here")
-    return apply(config, overrides)
+    result: T = override(config, *overrides)
+    return result
 
 
 def _message(error: Exception) -> str:

@@ -35,6 +35,17 @@ def read_run(path: Path) -> Run:
     return Run(path, RunManifest.read(path), lines[-1] if lines else None)
 
 
+def finished(run: Path) -> RunManifest:
+    """The manifest of run directory `run`. Raises UserError for a run that is unfinished or has lost its weights."""
+    found = read_run(run)
+    if found.manifest is None:
+        came = f"step {found.progress['step']} of {found.progress['steps']}" if found.progress else "nothing yet"
+        raise UserError(f"run {run.name!r} is not finished ({came}): manta finetune with its config goes on with it")
+    if not found.manifest.weights(run).is_dir():
+        raise UserError(f"run {run.name!r} has lost its weights: no {found.manifest.weights(run)}")
+    return found.manifest
+
+
 def find_runs(output: Path) -> list[Run]:
     """The runs in `output`, finished or not, by name."""
     if not output.is_dir():

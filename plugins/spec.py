@@ -196,38 +196,71 @@ def describe(annotation: Any) -> str:
     return words.get(annotation) or f"{getattr(annotation, '__name__', annotation)}(...)"
 
 
-def override(value: Any, assignment: str) -> Any:
-    """A copy of the spec `value` with `a.b=text` applied, the text coerced by the field's own type.
+@dataclass(frozen=True)
+class _Change:
+    """`path`=`text`, of which `names` is what is left of the path here."""
 
-    Raises UserError for an unknown field, a text that is not of the field's type, or a broken rule.
+    names: list[str]
+    text: str
+    path: str
+
+    def inside(self) -> "_Change":
+        return _Change(self.names[1:], self.text, self.path)
+
+
+def override(value: Any, *assignments: str) -> Any:
+    """A copy of the spec `value` with each `a.b=text` applied, the text coerced by the field's own type.
+
+    All are applied before a rule that holds between fields is asked, so their order does not matter. Raises UserError for
+    an unknown field, a text that is not of the field's type, or a broken rule.
     """
-    path, equals, text = assignment.partition("=")
-    if not equals or not path:
-        raise UserError(f"override {assignment!r}: write it as field=value, for example optim.lr=3e-4")
-    return _override(value, path.split("."), text, path)
+    changes = []
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise UserError(f"override {assignment!r}: write it as field=value, for example optim.lr=3e-4")
+        changes.append(_Change(path.split("."), text, path))
+    return _override(value, changes) if changes else value
 
 
-def _override(value: Any, names: list[str], text: str, path: str) -> Any:
-    name, rest = names[0], names[1:]
+def _override(value: Any, changes: list[_Change]) -> Any:
+    by_name: dict[str, list[_Change]] = {}
+    for change in changes:
+        _check_name(value, change)
+        by_name.setdefault(change.names[0], []).append(change)
+    if isinstance(value, tuple):
+        return tuple(_override_field(value, str(index), by_name.get(str(index), [])) for index in range(len(value)))
+    return dataclasses.replace(value, **{name: _override_field(value, name, here) for name, here in by_name.items()})
+
+
+def _check_name(value: Any, change: _Change) -> None:
+    name, path = change.names[0], change.path
     if isinstance(value, tuple):
         if not name.isdecimal() or int(name) >= len(value):
             raise UserError(f"{path}: {name!r} is not one of the {len(value)} items (choices: 0 to {len(value) - 1})")
-        member = _override(value[int(name)], rest, text, path) if rest else _WRONG
-        if member is _WRONG:
+        if len(change.names) == 1:
             raise UserError(f"{path}: name a field of item {name}, for example {path}.{_first_field(value[int(name)])}")
-        return (*value[: int(name)], member, *value[int(name) + 1 :])
+        return
     if not dataclasses.is_dataclass(value):
         raise UserError(f"{path}: {type(value).__name__} {value!r} has no field {name!r}")
-    hints = field_types(type(value))
     known = [field.name for field in dataclasses.fields(value)]
     if name not in known:
         raise UserError(f"{path}: {type(value).__name__} has no field {name!r}; {choices(name, known)}")
-    if rest:
-        return dataclasses.replace(value, **{name: _override(getattr(value, name), rest, text, path)})  # type: ignore[type-var]
-    coerced = _coerce(text, hints[name])
-    if coerced is _WRONG:
-        raise UserError(f"{path} = {text!r}: must be {describe(hints[name])}{_hint(text, hints[name])}")
-    return dataclasses.replace(value, **{name: conform(coerced, hints[name], path)})  # type: ignore[type-var]
+
+
+def _override_field(value: Any, name: str, changes: list[_Change]) -> Any:
+    """Field `name` of `value`, first as a whole (`method=Full`), then its own fields."""
+    member = value[int(name)] if isinstance(value, tuple) else getattr(value, name)
+    for change in changes:
+        if len(change.names) == 1:
+            hint = field_types(type(value))[name]
+            coerced = _coerce(change.text, hint)
+            if coerced is _WRONG:
+                wrong = _hint(change.text, hint)
+                raise UserError(f"{change.path} = {change.text!r}: must be {describe(hint)}{wrong}")
+            member = conform(coerced, hint, change.path)
+    inner = [change.inside() for change in changes if len(change.names) > 1]
+    return _override(member, inner) if inner else member
 
 
 def _first_field(value: Any) -> str:
@@ -290,8 +323,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, str | int | float | bool | None):
         return value
     return value.__qualname__ if hasattr(value, "__qualname__") else type(value).__qualname__
-
-
-def apply(value: T, assignments: Iterable[str]) -> T:
-    """`value` with every override applied, in order."""
-    return functools.reduce(override, assignments, value)

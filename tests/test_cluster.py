@@ -1,6 +1,7 @@
 """The commands on a real Ray cluster: one that is started for them, one that runs, and as a submitted job."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -198,6 +199,51 @@ def test_a_running_cluster_is_used_and_a_submitted_job_is_followed_and_stopped(c
     assert re.search(r"attached +finished, held-out loss \d", runs)
     assert re.search(r"ours +step \d+ of 100000", runs)
     assert "nothing here is called 'nope'" in cluster.run("manta", "stop", "nope", exit_code=2)
+
+
+def test_a_stream_of_packs_on_two_workers_stops_early_and_its_best_weights_are_taken(
+    cluster: Shell, project: Path
+) -> None:
+    (project / "stream.py").write_text(
+        "from dataclasses import replace\n"
+        "from runpy import run_path\n"
+        "from finetune import *\n"
+        f"before = run_path({str(project / 'finetune.py')!r})['config']\n"
+        "rows = before.data.source\n"
+        "config = replace(before, name='stream', data=replace(before.data, streaming=True, packing=True, validation=rows),\n"
+        "    train=Train(max_steps=40, batch_size=1, eval_every=2, patience=3), checkpoint=Checkpointing(export='best'),\n"
+        "    scoring=Scoring(rows=6, max_tokens=6), track=Track(tensorboard=True),\n"
+        "    optim=Optim(lr=0.3, warmup=0, schedule='constant', clip=None))\n"  # so high that it soon gets worse
+    )
+    output = cluster.run("manta", "finetune", str(project / "stream.py"))
+    run = project / "outputs" / "stream"
+    losses = {line["step"]: line["eval_loss"] for line in metrics(run) if line["step"] > 0}
+    best = min(losses, key=lambda step: losses[step])
+    assert list(losses) == list(range(2, best + 7, 2)), "three evaluations after the best one it ends"
+    assert f"step {best} had the lowest held-out loss" in output
+    manifest = json.loads((run / "run.json").read_text())
+    assert (manifest["steps"], manifest["metrics"]["eval_loss"]) == (best, losses[best])
+    assert {"eval_perplexity", "exact_match", "rougeL", "base_eval_loss"} <= manifest["metrics"].keys()
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_pairs_are_learned_on_two_workers(cluster: Shell, project: Path) -> None:
+    rows = [{"prompt": f"say {i}", "chosen": f"fox {i}", "rejected": "the lazy dog " * (1 + i % 3)} for i in range(32)]
+    (project / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (project / "dpo.py").write_text(
+        "from dataclasses import replace\n"
+        "from runpy import run_path\n"
+        "from finetune import *\n"
+        f"before = run_path({str(project / 'finetune.py')!r})['config']\n"
+        f"pairs = Data(source=Jsonl({str(project / 'pairs.jsonl')!r}), processor=Preference(), validation=0.25)\n"
+        "config = replace(before, name='dpo', data=pairs, objective=Dpo(), train=replace(before.train, max_steps=16))\n"
+    )
+    cluster.run("manta", "finetune", str(project / "dpo.py"))
+    lines = metrics(project / "outputs" / "dpo")
+    assert lines[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert lines[-1]["eval_loss"] < 0.3
+    assert lines[-1]["eval_accuracy"] > 0.9
+    assert "eval_perplexity" not in lines[-1]
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,16 @@ def test_a_wrong_override_names_field_value_and_choices_in_one_line(assignment: 
     assert "\n" not in str(caught.value)
 
 
+def test_the_order_of_overrides_does_not_matter() -> None:
+    together = ("train.patience=2", "train.eval_every=5", "data.validation=0.5")
+    for assignments in (together, together[::-1]):
+        assert override(config(), *assignments).train.patience == 2
+    with pytest.raises(UserError, match=r"train\.patience needs held-out rows"):
+        override(config(), "train.patience=2", "train.eval_every=5")
+    changed = override(config(), "method.rank=3", "method=Lora")
+    assert changed.method == Lora(rank=3)
+
+
 def test_overrides_reach_into_tuples() -> None:
     served = ServeConfig(models=(ServedModel(id="a", source=ModelSource("x")),))
     assert override(served, "models.0.cpus=2").models[0].cpus == 2.0

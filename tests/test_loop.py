@@ -14,10 +14,12 @@ from torch.nn import functional
 
 from finetune import Data, FinetuneConfig, Full, Instruct, Jsonl, Lora, ModelSource, Optim, Train, checkpoint, preflight
 from finetune import model as models
-from finetune.data import Prepared, evaluation_batches, prepare, training_batches
-from finetune.loop import evaluate, make_optimizer, schedule, total_steps, training_step
-from finetune.objective import TokenCrossEntropy
-from finetune.strategy import DataParallel
+from finetune.checkpoint import State
+from finetune.data import training_steps
+from finetune.learner import Learner
+from finetune.logprobs import usual_attention
+from finetune.loop import make_optimizer, schedule, total_steps
+from finetune.tokenise import Prepared, prepare
 from plugins.spec import UserError, override, plain
 from plugins.types import IGNORE
 
@@ -49,36 +51,20 @@ class Trainee:
     first_seed: int = 0
 
     def __post_init__(self) -> None:
-        torch.manual_seed(self.first_seed)
-        self.model = models.build(self.config, CPU)
-        self.strategy = DataParallel(CPU)
-        self.optimizer = make_optimizer(self.model, self.config.optim)
-        self.wrapped = self.strategy.wrap(self.model)
+        train = replace(self.config.train, seed=self.first_seed)  # of new weights
+        self.learner = Learner(replace(self.config, train=train))
+        self.learner.config = self.config
+        self.model, self.optimizer = self.learner.model, self.learner.optimizer
 
     def run(self, until: int) -> list[float]:
-        train, strategy = self.config.train, self.strategy
-        rate = schedule(self.config.optim, 6)
-        batches = training_batches(
-            self.rows.train, batch_size=train.batch_size, accumulate=train.accumulate, rank=strategy.rank,
-            world_size=strategy.world_size, seed=train.seed, first_step=self.steps_done,
-        )  # fmt: skip
-        losses = []
-        for step in range(self.steps_done, until):
-            result = training_step(
-                self.wrapped, next(batches), objective=TokenCrossEntropy(), optimizer=self.optimizer,
-                strategy=strategy, clip=1.0, lr=rate(step), dtype=torch.float32,
-            )  # fmt: skip
-            losses.append(result.loss)
+        self.learner.state = State(step=self.steps_done)
+        steps, rate = self.learner.steps(self.rows.train), schedule(self.config.optim, 6)
+        losses = [self.learner.step(next(steps).micro_batches, rate(at)).loss for at in range(self.steps_done, until)]
         self.steps_done = until
         return losses
 
     def evaluate(self) -> float:
-        shares = evaluation_batches(
-            self.rows.held_out, batch_size=3, rank=self.strategy.rank, world_size=self.strategy.world_size
-        )
-        return evaluate(
-            self.wrapped, shares, objective=TokenCrossEntropy(), strategy=self.strategy, dtype=torch.float32
-        )
+        return self.learner.evaluate(self.rows.held_out)["loss"]
 
 
 def rows_of(config: FinetuneConfig) -> Prepared:
@@ -123,18 +109,29 @@ def test_a_batch_of_8_is_2_x_4_is_two_ranks_of_4(config: FinetuneConfig, tmp_pat
 
 def test_the_loss_is_the_mean_over_labelled_tokens_by_hand(config: FinetuneConfig) -> None:
     trainee = Trainee(config, rows_of(config))
-    batch = next(
-        training_batches(trainee.rows.train, batch_size=8, accumulate=1, rank=0, world_size=1, seed=0, first_step=0)
-    )[0]
+    steps = training_steps(
+        trainee.rows.train,
+        config.data,
+        "padded",
+        batch_size=8,
+        accumulate=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        first_step=0,
+    )
+    batch = next(steps).micro_batches[0]
+    assert batch.attention_mask is not None
     total, count = 0.0, 0
-    for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
-        length = int(mask.sum())  # each row alone, without padding, in float64
-        with torch.no_grad():
-            logits = trainee.model(input_ids=ids[None, :length]).logits[0].double()
-        for position in range(1, length):
-            if labels[position] != IGNORE:
-                total -= functional.log_softmax(logits[position - 1], -1)[labels[position]].item()
-                count += 1
+    with usual_attention(trainee.model):
+        for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
+            length = int(mask.sum())  # each row alone, without padding, in float64
+            with torch.no_grad():
+                logits = trainee.model(input_ids=ids[None, :length]).logits[0].double()
+            for position in range(1, length):
+                if labels[position] != IGNORE:
+                    total -= functional.log_softmax(logits[position - 1], -1)[labels[position]].item()
+                    count += 1
     assert trainee.run(1)[0] == pytest.approx(total / count, abs=1e-5)
 
 
@@ -145,10 +142,34 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(config: FinetuneConfig, 
     losses = whole.run(6)
     begun = Trainee(config, rows_of(config))
     begun.run(3)
-    checkpoint.save(tmp_path, begun.model, begun.optimizer, step=3)
+    checkpoint.save(tmp_path, begun.model, begun.optimizer, State(step=3))
     resumed = Trainee(config, rows_of(config), first_seed=99)  # other new weights than the run began with
-    resumed.steps_done = checkpoint.load(tmp_path, resumed.model, resumed.optimizer)
+    resumed.steps_done = checkpoint.load(tmp_path, resumed.model, resumed.optimizer).step
     assert resumed.run(6) == pytest.approx(losses[3:], abs=1e-6)
+
+
+def test_a_run_of_streamed_rows_is_resumed_at_the_exact_row(config: FinetuneConfig, tmp_path: Path) -> None:
+    data = replace(config.data, streaming=True, validation=0.0, packing=True, max_length=64)
+    config = replace(config, data=data, train=replace(config.train, batch_size=2))
+    rows = rows_of(config)
+
+    def go_on(learner: Learner, steps: int) -> list[float]:
+        losses = []
+        taken = learner.steps(rows.train)
+        for _ in range(steps):
+            step = next(taken)
+            losses.append(learner.step(step.micro_batches, 1e-3).loss)
+            learner.state = learner.state.after(step)
+        return losses
+
+    whole = go_on(Learner(config), 7)
+    begun = Learner(config)
+    go_on(begun, 4)
+    assert begun.state.position is not None
+    checkpoint.save(tmp_path, begun.model, begun.optimizer, replace(begun.state, positions=(begun.state.position,)))
+    resumed = Learner(config, resume=tmp_path)
+    assert resumed.state.step == 4
+    assert go_on(resumed, 3) == pytest.approx(whole[4:], abs=1e-6)
 
 
 def test_lora_trains_only_the_adapter_and_full_trains_all(config: FinetuneConfig) -> None:
@@ -169,7 +190,7 @@ def test_a_saved_adapter_is_peft_format_that_gives_the_same_logits(config: Finet
     fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model.path), tmp_path / "adapter")
     ids = torch.tensor([[5, 6, 7, 8]])
     trainee.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), usual_attention(trainee.model):
         assert torch.allclose(fresh(ids).logits, trainee.model(ids).logits, atol=1e-6)
 
 
@@ -194,9 +215,9 @@ def test_schedules_warm_up_and_come_down() -> None:
 
 
 def test_epochs_are_counted_in_rows_of_all_ranks() -> None:
-    assert total_steps(Train(epochs=2, batch_size=4, accumulate=2), rows=100, world_size=2) == 13
-    assert total_steps(Train(max_steps=5, epochs=2), rows=100, world_size=2) == 5
-    assert total_steps(Train(epochs=0.001), rows=10, world_size=1) == 1
+    assert total_steps(Train(epochs=2, batch_size=4, accumulate=2), units=100, world_size=2) == 13
+    assert total_steps(Train(max_steps=5, epochs=2), units=100, world_size=2) == 5
+    assert total_steps(Train(epochs=0.001), units=10, world_size=1) == 1
 
 
 def test_preflight_counts_and_refuses(config: FinetuneConfig, tmp_path: Path) -> None:

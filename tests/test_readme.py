@@ -77,6 +77,9 @@ def test_its_commands_do_what_it_says(shell: Shell, checkout: Path) -> None:
     def said(begin: str) -> str:
         return next(output for command, output in outputs.items() if command.startswith(begin))
 
+    assert "[[" in said("manta data")  # no terminal, no colours
+    assert "best: summaries" in said("manta evaluate")
+    assert (checkout / "models/summaries/model.safetensors").exists()
     assert "lr=0.001" in said("manta finetune my_finetune.py --print")
     losses = [float(loss) for loss in re.findall(r"held-out loss (\d\S+)", said("manta finetune my_finetune.py"))]
     assert (checkout / "outputs/summaries/run.json").exists()
@@ -95,7 +98,7 @@ def test_its_commands_do_what_it_says(shell: Shell, checkout: Path) -> None:
 def test_its_processor_and_its_engine_run(shell: Shell, checkout: Path) -> None:
     shell.run("bash", "-c", "manta finetune my_processor.py train.epochs=0.2")
     assert json.loads((checkout / "outputs/short/run.json").read_text())["name"] == "short"
-    shell.run("bash", "-c", "manta serve my_engine.py")
+    shell.run("bash", "-c", "manta serve configs/serve/own_engine.py")
     assert shell.run("bash", "-c", "manta models").split() == ["plain"]
     assert shell.run("bash", "-c", "manta chat plain Hello").strip()
     shell.run("bash", "-c", "manta stop --all")

@@ -16,7 +16,7 @@ import pytest
 
 from finetune import Csv, Data, Hub, Instruct, Json, Jsonl, Mixture, Parquet
 from plugins.data import Source
-from plugins.spec import UserError, apply
+from plugins.spec import UserError, override
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(5)]
 KINDS = {"jsonl": Jsonl, "jsonl.gz": Jsonl, "json": Json, "csv": Csv, "parquet": Parquet}
@@ -256,7 +256,7 @@ def test_a_mixture_of_files_names_their_places_and_takes_overrides(tmp_path: Pat
     )
     with pytest.raises(UserError, match=r"no file at gone\.csv"):
         next(iter(data.source.read()))
-    data = apply(data, [f"source.sources.1.path={tmp_path}/b.csv", "source.weights=1,2"])
+    data = override(data, f"source.sources.1.path={tmp_path}/b.csv", "source.weights=1,2")
     assert {place.split(" ")[0] for place, _ in data.source.read()} == {f"{tmp_path}/a.jsonl", f"{tmp_path}/b.csv"}
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plugins import entry
@@ -12,6 +13,7 @@ from ui.client import DEFAULT_URL, Platform
 
 if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
+    from finetune.evaluate import Evaluation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +32,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(act=_finetune)
 
+    verb = verbs.add_parser("evaluate", help="score finished runs on held-out rows")
+    verb.add_argument("runs", metavar="RUN", nargs="+", help="a run directory, or the name of a run")
+    verb.add_argument(
+        "--data", type=Path, metavar="FILE", help="rows of .jsonl, .csv or .parquet, instead of those the run held out"
+    )
+    verb.add_argument(
+        "--rows", type=int, metavar="N", help="how many rows are asked at most (default: the run's, or 100)"
+    )
+    verb.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (default: the run's, or 128)")
+    verb.add_argument("--base", action="store_true", help="also the model that the run began with")
+    _add_output(verb)
+    verb.set_defaults(act=_evaluate)
+
+    verb = verbs.add_parser("data", help="show what a model will see of a config's rows")
+    entry.add_config_arguments(verb, "FinetuneConfig")
+    verb.add_argument("--rows", type=int, default=3, help="how many rows to show in full (default: 3)")
+    verb.set_defaults(act=_data)
+
     verb = verbs.add_parser("serve", help="serve models over HTTP")
     entry.add_config_arguments(verb, "ServeConfig")
     verb.set_defaults(act=_serve)
@@ -45,8 +65,21 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(act=_models)
 
     verb = verbs.add_parser("runs", help="list finetuning runs")
-    verb.add_argument("--output", default="outputs", help="the directory that holds them (default: outputs)")
+    _add_output(verb)
     verb.set_defaults(act=_runs)
+
+    verb = verbs.add_parser("export", help="hand out a finished run: as a whole model, or to the Hugging Face hub")
+    verb.add_argument("run", metavar="RUN", help="a run's directory, or its name")
+    verb.add_argument("--output", default="outputs", help="the directory that holds the runs (default: outputs)")
+    verb.add_argument("--merged", type=Path, metavar="DIR", help="write base and adapter there, merged into one model")
+    verb.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="of its weights (default: as the base was saved)"
+    )
+    verb.add_argument(
+        "--push", metavar="REPO", help="send the merged model, or without --merged the adapter, to the hub"
+    )
+    verb.add_argument("--private", action="store_true", help="make the repository a private one")
+    verb.set_defaults(act=_export)
 
     verb = verbs.add_parser("status", help="show the cluster, its jobs and what it serves")
     verb.set_defaults(act=_status)
@@ -68,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_output(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--output", default="outputs", help="the directory that holds the runs (default: outputs)")
+
+
 def _add_url(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--url", default=DEFAULT_URL, help=f"where the models are served (default: {DEFAULT_URL})")
 
@@ -83,6 +120,54 @@ def _finetune(options: argparse.Namespace) -> None:
         address = None if options.submit == "auto" else options.submit
         job = platform.submit(options.config, options.overrides, address=address)
         print(f"submitted job {job}: manta logs {job} shows it, manta stop {job} stops it")
+
+    entry.with_config(options, FinetuneConfig, act)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    evaluations = Platform().evaluate(
+        options.runs,
+        data=options.data,
+        rows=options.rows,
+        max_tokens=options.max_tokens,
+        base=options.base,
+        output=options.output,
+    )
+    head = ("RUN", "ROWS", "LOSS", "PERPLEXITY", "ASKED", "EXACT MATCH", "ROUGE-1", "ROUGE-2", "ROUGE-L")
+    _table(head, [_evaluation_row(one) for one in evaluations], empty="")
+    print(_verdict(evaluations, options.data), end="")
+
+
+def _evaluation_row(one: "Evaluation") -> tuple[str, ...]:
+    perplexity = "" if one.perplexity is None else f"{one.perplexity:.2f}"
+    scores = (f"{one.scores[name]:.3f}" if one.scores else "" for name in ("exact_match", "rouge1", "rouge2", "rougeL"))
+    return one.name, str(one.rows), f"{one.loss:.4f}", perplexity, str(one.asked), *scores
+
+
+def _verdict(evaluations: Sequence["Evaluation"], data: Path | None) -> str:
+    """Which is the best, or why that cannot be said; nothing of a single one."""
+    from finetune.evaluate import best
+
+    if len(evaluations) < 2:
+        return ""
+    if (winner := best(evaluations)) is not None:
+        return f"best: {winner.name}, the lowest loss on the same rows\n"
+    if data is None:
+        return (
+            "the runs held out different rows, so their losses are not compared: name rows for all with --data FILE\n"
+        )
+    return (
+        "the runs make different tokens of these rows (another tokenizer, processor or max_length), "
+        "so their losses are not compared\n"
+    )
+
+
+def _data(options: argparse.Namespace) -> None:
+    from finetune.config import FinetuneConfig
+
+    def act(config: "FinetuneConfig") -> None:
+        for line in Platform().preview(config, rows=options.rows, color=sys.stdout.isatty()):
+            print(line)
 
     entry.with_config(options, FinetuneConfig, act)
 
@@ -136,13 +221,30 @@ def _runs(options: argparse.Namespace) -> None:
 
 
 def run_state(run: Run) -> str:
-    """`finished, held-out loss 0.12`, or how far an unfinished run has come."""
+    """`finished, held-out loss 0.12`, with the scores of a run that was scored, or how far an unfinished run has come."""
     if run.manifest:
         metrics = run.manifest.metrics
         base = f" (base {metrics['base_eval_loss']:.4f})" if "base_eval_loss" in metrics else ""
         name, loss = ("held-out loss", metrics["eval_loss"]) if "eval_loss" in metrics else ("loss", metrics["loss"])
-        return f"finished, {name} {loss:.4f}{base}"
+        labels = {"exact_match": "exact match", "rougeL": "ROUGE-L"}
+        scores = "".join(f", {label} {metrics[key]:.3f}" for key, label in labels.items() if key in metrics)
+        return f"finished, {name} {loss:.4f}{base}{scores}"
     return f"step {run.progress['step']} of {run.progress['steps']}" if run.progress else "begun"
+
+
+def _export(options: argparse.Namespace) -> None:
+    address = Platform().export(
+        options.run,
+        output=options.output,
+        merged=options.merged,
+        dtype=options.dtype,
+        push=options.push,
+        private=options.private,
+    )
+    if options.merged:
+        print(f"the model is in {options.merged}")
+    if address:
+        print(f"pushed to {address}")
 
 
 def _status(options: argparse.Namespace) -> None:

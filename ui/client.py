@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -18,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from plugins import cluster
-from plugins.runs import Run, find_runs
-from plugins.spec import UserError
+from plugins.runs import Run, find_runs, finished, is_run
+from plugins.spec import UserError, choices
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
     from ray.serve.schema import ApplicationStatusOverview
 
     from finetune.config import FinetuneConfig
+    from finetune.evaluate import Evaluation
+    from finetune.merge import Dtype
     from serve.config import ServeConfig
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -80,6 +83,12 @@ class Platform:
 
         return finetune(config, config_file=config_file, overrides=overrides)
 
+    def preview(self, config: "FinetuneConfig", *, rows: int = 3, color: bool = False) -> Iterator[str]:
+        """Lines that say what the model will see of the config's rows; `rows` of them are shown in full."""
+        from finetune.preview import preview
+
+        return preview(config, rows=rows, color=color)
+
     def submit(self, config_file: Path, overrides: Sequence[str] = (), *, address: str | None = None) -> str:
         """Run a config as a Ray job, which goes on by itself; returns the job's id.
 
@@ -107,6 +116,80 @@ class Platform:
     def runs(self, output: str = "outputs") -> list[Run]:
         """The runs under `output`, finished or not."""
         return find_runs(cluster.output_root() / output)
+
+    def find_run(self, name: str, output: str = "outputs") -> Path:
+        """The directory of run `name`: a run directory, or the name of one under `output`. Raises UserError."""
+        directory = cluster.output_root() / output
+        path = next((path for path in (Path(name).expanduser(), directory / name) if is_run(path)), None)
+        if path is None:
+            raise UserError(
+                f"no run {name!r} here or in {directory}; {choices(name, [run.name for run in find_runs(directory)])}"
+            )
+        return path.absolute()
+
+    def evaluate(
+        self,
+        runs: Sequence[str],
+        *,
+        data: Path | None = None,
+        rows: int | None = None,
+        max_tokens: int | None = None,
+        base: bool = False,
+        output: str = "outputs",
+    ) -> list["Evaluation"]:
+        """Loss and scores of finished runs, given as for `find_run`, on the rows they held out or those of `data`.
+
+        `rows`: how many are asked at most. `base` adds the models that the runs began with.
+        """
+        found = [self.find_run(name, output) for name in dict.fromkeys(runs)]
+        from finetune.evaluate import evaluate_runs
+
+        return evaluate_runs(found, data=data, rows=rows, max_tokens=max_tokens, base=base)
+
+    def export(
+        self,
+        run: str,
+        *,
+        output: str = "outputs",
+        merged: Path | None = None,
+        dtype: "Dtype | None" = None,
+        push: str | None = None,
+        private: bool = False,
+    ) -> str | None:
+        """Hand out a finished run: a directory, or a name under `output`.
+
+        `merged`: its whole model is written there, weights as `dtype` (None: as the base was saved). `push`: it goes to
+        this repository of the Hugging Face hub, whose address is returned: the merged model, or where there is none of
+        a LoRA run the adapter.
+        """
+        if merged is None and push is None:
+            raise UserError("export: say what to make: --merged DIR, --push REPO or both")
+        if private and push is None:
+            raise UserError("export: --private is about the repository of --push")
+        from finetune import merge
+        from finetune import push as hub
+
+        directory = self.find_run(run, output)
+        manifest = finished(directory)
+        adapter = manifest.method == "lora" and merged is None
+        if dtype and adapter:
+            raise UserError(
+                f"export: --dtype {dtype} is for a whole model, and this pushes an adapter: add --merged DIR"
+            )
+        if merged is not None:
+            merged = merged.expanduser().absolute()
+            merge.check_free(merged)
+        repo = hub.create(push, private=private) if push else None
+        with tempfile.TemporaryDirectory() as scratch:
+            target = merged or Path(scratch) / "export"
+            with merge.whole(target) as partial:
+                if adapter:
+                    hub.write_adapter(directory, manifest, partial)
+                else:
+                    merge.write_model(directory, manifest, partial, dtype)
+                if repo:
+                    (partial / "README.md").write_text(hub.model_card(manifest, repo=repo, adapter=adapter))
+            return hub.upload(repo, target, f"Run {manifest.name}") if repo else None
 
     # serving
 
