@@ -204,16 +204,19 @@ def test_a_running_cluster_is_used_and_a_submitted_job_is_followed_and_stopped(c
 def test_a_stream_of_packs_on_two_workers_stops_early_and_its_best_weights_are_taken(
     cluster: Shell, project: Path
 ) -> None:
+    # What is held out says otherwise than what is learned, so that learning soon makes it worse.
+    others = [{"instruction": f"say {i}", "output": "naïve café, 東京"} for i in range(16)]
+    (project / "others.jsonl").write_text("\n".join(map(json.dumps, others)))
     (project / "stream.py").write_text(
         "from dataclasses import replace\n"
         "from runpy import run_path\n"
         "from finetune import *\n"
         f"before = run_path({str(project / 'finetune.py')!r})['config']\n"
-        "rows = before.data.source\n"
+        f"rows = Jsonl({str(project / 'others.jsonl')!r})\n"
         "config = replace(before, name='stream', data=replace(before.data, streaming=True, packing=True, validation=rows),\n"
         "    train=Train(max_steps=40, batch_size=1, eval_every=2, patience=3), checkpoint=Checkpointing(export='best'),\n"
         "    scoring=Scoring(rows=6, max_tokens=6), track=Track(tensorboard=True),\n"
-        "    optim=Optim(lr=0.3, warmup=0, schedule='constant', clip=None))\n"  # so high that it soon gets worse
+        "    optim=Optim(lr=0.03, warmup=0, schedule='constant'))\n"
     )
     output = cluster.run("manta", "finetune", str(project / "stream.py"))
     run = project / "outputs" / "stream"
