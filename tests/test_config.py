@@ -34,12 +34,13 @@ def test_every_config_loads_light_and_travels_to_a_fresh_process(path: Path, tmp
     kind = "finetune.config.FinetuneConfig" if path in FINETUNE_CONFIGS else "serve.config.ServeConfig"
     module, _, name = kind.rpartition(".")
     load = (
-        f"import pickle, sys; from pathlib import Path; from {module} import {name}\n"
+        f"import sys; from pathlib import Path; from {module} import {name}\n"
         "from plugins.loading import load_config\n"
         f"config = load_config({str(path)!r}, {name})\n"
         "heavy = {'torch', 'ray', 'transformers', 'peft', 'datasets', 'gradio'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
-        f"Path({str(tmp_path / 'pickle')!r}).write_bytes(pickle.dumps(config))\n"
+        "from ray import cloudpickle  # which takes along what the file itself defines\n"
+        f"Path({str(tmp_path / 'pickle')!r}).write_bytes(cloudpickle.dumps(config))\n"
     )
     run(load)
     run(f"import pickle; print(pickle.loads(open({str(tmp_path / 'pickle')!r}, 'rb').read()))")
