@@ -79,7 +79,6 @@ class Learner:
             world_size=self.strategy.world_size,
         )
         found = evaluate(self.ranks_model, shares, objective=self.objective, strategy=self.strategy, dtype=self.dtype)
-        perplexity = (
-            {"perplexity": math.exp(min(found["loss"], 700.0))} if isinstance(self.config.objective, Sft) else {}
-        )
-        return found | perplexity
+        if isinstance(self.config.objective, Sft):
+            found["perplexity"] = math.exp(min(found["loss"], 700.0))  # beyond it there is no float
+        return found

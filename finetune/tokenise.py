@@ -148,9 +148,8 @@ class Prepared:
 def prepare(data: Data, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     """Read, process and split the rows. Raises UserError that names the file and line of a row that is wrong."""
     if data.streaming:
-        peek = process(
-            itertools.islice(data.source.read(), 64), data, tokenizer
-        )  # that something can be learned from it
+        # Only a look at whether something can be learned from it.
+        peek = process(itertools.islice(data.source.read(), 64), data, tokenizer)
         _check_some(data.source, peek, data)
         train, counts = peek[0].select([]), Counts()
     else:
@@ -220,7 +219,7 @@ def tokenised(rows: Iterable[Placed], data: Data, tokenizer: Tokenizer) -> Itera
         while shard := list(itertools.islice(placed, SHARD)):
             path = keep and keep(shard)
             if path and (found := _read(path)):
-                waiting.append(functools.partial(_value, found))
+                waiting.append(lambda found=found: found)  # type: ignore[misc]
             elif processes == 1 or made_here < ALONE:
                 made_here += 1
                 waiting.append(functools.partial(_keep, path, process(shard, data, tokenizer)))
@@ -241,10 +240,6 @@ def _process_elsewhere(work: bytes, shard: list[Placed]) -> tuple[Examples, Coun
 def _unpacked(work: bytes) -> tuple[Data, Tokenizer]:
     data, tokenizer = dill.loads(work)
     return data, tokenizer
-
-
-def _value(done: tuple[Examples, Counts]) -> tuple[Examples, Counts]:
-    return done
 
 
 def process(rows: Iterable[Placed], data: Data, tokenizer: Tokenizer) -> tuple[Examples, Counts]:

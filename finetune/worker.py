@@ -38,9 +38,8 @@ def run_rank(config: FinetuneConfig, prepared: "ray.ObjectRef[Prepared]") -> Non
     while not state.is_done(steps, train.patience):
         step, lr = next(batches), rate(state.step)
         state = state.after(step)
-        torch.manual_seed(
-            hash((train.seed, state.step, strategy.rank))
-        )  # dropout is the same in a run that was resumed
+        # Dropout is the same in a run that was resumed.
+        torch.manual_seed(hash((train.seed, state.step, strategy.rank)))
         window.add(learner.step(step.micro_batches, lr))
         is_last = state.step == steps
         evaluates = len(rows.held_out) > 0 and (is_last or _due(state.step, train.eval_every))

@@ -33,21 +33,18 @@ def connection() -> Iterator[bool]:
     if ray.is_initialized():
         yield False
         return
-    started = connect(dashboard=False)
+    started = connect()
     try:
         yield started
     finally:
         ray.shutdown()
 
 
-def connect(*, dashboard: bool = True) -> bool:
-    """Connect to the Ray cluster that runs here, or start one; returns whether it was started.
-
-    `dashboard`: one that is started takes jobs and shows itself on a web page. The processes for it are never quite idle.
-    """
+def connect() -> bool:
+    """Connect to the Ray cluster that runs here, or start one; returns whether it was started."""
     if attach():
         return False
-    _init("local", include_dashboard=dashboard)
+    _init("local")
     return True
 
 
@@ -100,10 +97,10 @@ def code() -> dict[str, Any]:
     return {"working_dir": str(PROJECT), "excludes": EXCLUDES}
 
 
-def _init(address: str, **options: Any) -> None:
+def _init(address: str) -> None:
     import ray
 
-    options |= {"log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not in_ray_job():
         # The code travels as the working directory, so that workers on any node, in any environment, import the same; a
         # submitted job brought it along already.

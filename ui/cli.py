@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("evaluate", help="score finished runs on held-out rows")
     verb.add_argument("runs", metavar="RUN", nargs="+", help="a run directory, or the name of a run")
     verb.add_argument(
-        "--data", type=Path, metavar="FILE", help="rows of .jsonl, .csv or .parquet, instead of those the run held out"
+        "--data", type=Path, metavar="FILE", help="rows of .jsonl, .json, .csv or .parquet instead of those held out"
     )
     verb.add_argument(
         "--rows", type=int, metavar="N", help="how many rows are asked at most (default: the run's, or 100)"
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("export", help="hand out a finished run: as a whole model, or to the Hugging Face hub")
     verb.add_argument("run", metavar="RUN", help="a run's directory, or its name")
-    verb.add_argument("--output", default="outputs", help="the directory that holds the runs (default: outputs)")
+    _add_output(verb)
     verb.add_argument("--merged", type=Path, metavar="DIR", help="write base and adapter there, merged into one model")
     verb.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="of its weights (default: as the base was saved)"
