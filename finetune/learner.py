@@ -26,7 +26,7 @@ class Learner:
     def __init__(self, config: FinetuneConfig, *, resume: Path | None = None, trained: Path | None = None) -> None:
         """`resume`: a checkpoint to go on from. `trained`: a run directory whose weights the model takes."""
         self.config = config
-        hardware.use_threads(config.scaling.cpus)
+        hardware.use_cpus(config.scaling.cpus)
         self.device = hardware.device(config.scaling.gpus)
         self.dtype = hardware.compute_dtype(config.model.dtype, self.device)
         self.strategy = strategy_of(config.strategy, self.device)

@@ -44,7 +44,7 @@ class TorchEngine:
     def __init__(
         self, source: ModelSource, *, max_batch: int, max_length: int | None, cpus: float, gpus: float = 0
     ) -> None:
-        hardware.use_threads(cpus)
+        hardware.use_cpus(cpus)
         check_model_files(source, "source.path")
         tokenizer, model = load(AutoTokenizer, source), _load_model(source, gpus)
         self._source = source
