@@ -11,79 +11,11 @@ from pathlib import Path
 import torch
 
 from plugins.engines.decoding import Decoder, Prompts
-from plugins.engines.sampling import Sampler, choose
-from plugins.engines.text import TextStream, Voice
-from plugins.types import Delta, FinishReason, GenerateRequest
+from plugins.engines.sampling import choose
+from plugins.engines.sequence import Mailbox, Sequence
+from plugins.types import Delta
 
 logger = logging.getLogger(__name__)
-
-
-class Sequence:
-    """One request under way. The worker thread owns it; the event loop only sets `abandoned`, and reads the mailbox.
-
-    `adapter` is the decoder's key; `limit` is in tokens of answer.
-    """
-
-    def __init__(
-        self,
-        request: GenerateRequest,
-        *,
-        prompt: list[int],
-        limit: int,
-        adapter: str,
-        voice: Voice,
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
-        self.prompt, self.adapter = prompt, adapter
-        self.sampler = Sampler(request)
-        self.mailbox = Mailbox(loop)
-        self.token = -1  # the latest of the answer
-        self.abandoned = False  # nobody waits for it any more
-        self._limit, self._count = limit, 0
-        self._ends = voice.ends
-        self._text = TextStream(voice.tokenizer, request.stop)
-
-    def accept(self, token: int) -> Delta:
-        """The answer grows by `token`: what there is to say now."""
-        self.token = token
-        self._count += 1
-        reason: FinishReason | None = None
-        if token in self._ends:
-            text, reason = self._text.end(), "stop"
-        else:
-            text = self._text.push(token)
-            if self._text.stopped:
-                reason = "stop"
-            elif self._count == self._limit:
-                text, reason = text + self._text.end(), "length"
-        return Delta(text, len(self.prompt), self._count, reason)
-
-
-class Mailbox:
-    """What the worker thread has said to one consumer; touched on the consumer's event loop only."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._deltas: list[Delta] = []
-        self._error: Exception | None = None
-        self._filled = asyncio.Event()
-
-    def put(self, news: Delta | Exception) -> None:
-        if isinstance(news, Delta):
-            self._deltas.append(news)
-        else:
-            self._error = news
-        self._filled.set()
-
-    async def take(self) -> Delta:
-        """All that has come since the last time, as one Delta: a slow consumer gets longer pieces, never a backlog."""
-        await self._filled.wait()
-        self._filled.clear()
-        if self._error is not None:
-            raise self._error
-        deltas, self._deltas = self._deltas, []
-        last = deltas[-1]
-        return Delta("".join(d.text for d in deltas), last.prompt_tokens, last.completion_tokens, last.finish_reason)
 
 
 class Batcher:
@@ -225,8 +157,8 @@ class Batcher:
 
     def _deliver(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Choose the next tokens of `sequences`, the batch's last rows, from `logits` [sequences, vocab]; send the text."""
-        tokens = choose(logits, [sequence.sampler for sequence in sequences])
-        news = [(sequence, sequence.accept(token)) for sequence, token in zip(sequences, tokens, strict=True)]
+        choices = choose(logits, [sequence.sampler for sequence in sequences])
+        news = [(sequence, sequence.accept(choice)) for sequence, choice in zip(sequences, choices, strict=True)]
         first = len(self._decoder.rows) - len(sequences)
         # From the end, since the last row moves into the place of one that leaves.
         for row, (_, delta) in reversed(list(enumerate(news, first))):

@@ -1,6 +1,7 @@
 """From logits to tokens: each row by its own request, so that company changes nothing."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -61,11 +62,17 @@ class Sampler:
         return torch.searchsorted(cumulative, cumulative[-1:] * number, right=True)[0]
 
 
-def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
+@dataclass(frozen=True)
+class Choice:
+    """A token that was chosen."""
+
+    token: int
+
+
+def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
     """The next token of every row of `logits` [rows, vocab]."""
     tokens = logits.float().argmax(-1)  # in bf16 it is five times slower on CPU
     drawn = [row for row, sampler in enumerate(samplers) if not sampler.greedy]
     if drawn:
         tokens[drawn] = torch.stack([samplers[row].draw(logits[row]) for row in drawn])
-    chosen: list[int] = tokens.tolist()
-    return chosen
+    return [Choice(token) for token in tokens.tolist()]
