@@ -31,6 +31,12 @@ class Row(Protocol):
         """The latest token of the answer."""
         ...
 
+    @property
+    def scores_prompt(self) -> bool: ...
+    def score_prompt(self, start: int, logits: torch.Tensor) -> None:
+        """Take the logits [n, vocab] after each of the prompt's tokens from `start` on."""
+        ...
+
 
 R = TypeVar("R", bound=Row)
 
@@ -83,7 +89,12 @@ class Decoder(Generic[R]):
         prompts.done = piece.stop
         # The vocabulary is large: logits only where a prompt ends.
         ends = sorted({length - 1 - piece.start for length in prompts.lengths}) if prompts.whole else [-1]
+        if any(row.scores_prompt for row in prompts.rows):
+            ends = list(range(piece.stop - piece.start))
         logits = self._forward(prompts.rows, ids, positions, prompts.cache, None, ends)
+        for row, its in zip(prompts.rows, logits, strict=True):
+            if row.scores_prompt and piece.start < len(row.prompt):
+                row.score_prompt(piece.start, its[: len(row.prompt) - piece.start])
         if not prompts.whole:
             return None
         self._cache.join(prompts.cache, prompts.lengths)
@@ -151,5 +162,9 @@ class Decoder(Generic[R]):
 class _Probe:
     """A Row for `prove`."""
 
+    scores_prompt = False
+
     def __init__(self, prompt: list[int]) -> None:
         self.prompt, self.adapter, self.token = prompt, NONE, 9
+
+    def score_prompt(self, start: int, logits: torch.Tensor) -> None: ...
