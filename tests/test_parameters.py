@@ -17,7 +17,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-from plugins.engines import grammar
+from plugins.engines import grammar, sampling
 from plugins.engines.sampling import Sampler, Sampling, choose
 from plugins.engines.sequence import Sequence
 from plugins.engines.text import Spelling, Voice
@@ -156,7 +156,11 @@ def test_penalties_and_bias_are_those_of_the_reference_in_a_mixed_batch() -> Non
         {"min_p": 0.1, "top_k": 6, "top_p": 0.9, "temperature": 1.5},
     ],
 )
-def test_draws_follow_the_distribution_of_the_reference(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("patience", [0, 8])  # with and without sorting
+def test_draws_follow_the_distribution_of_the_reference(
+    changes: dict[str, Any], patience: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "PATIENCE", patience)
     logits, draws = [1.9, 2.0, 0.3, -1.0, 1.2, 0.9, -4.0, 0.31, -0.5, 1.0], 8000
     way = Sampling(**changes)
     samplers = [Sampler(dataclasses.replace(way, seed=seed)) for seed in range(draws)]
@@ -168,7 +172,9 @@ def test_draws_follow_the_distribution_of_the_reference(changes: dict[str, Any])
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 1
 
 
-def test_a_nucleus_of_thousands_is_as_exact_as_a_small_one() -> None:
+@pytest.mark.parametrize("patience", [0, 1, 8])
+def test_a_nucleus_of_thousands_is_as_exact_as_a_small_one(patience: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "PATIENCE", patience)
     logits = torch.randn(6000, generator=torch.Generator().manual_seed(1)) / 2
     probabilities, order = logits.double().softmax(-1).sort(descending=True)
     inside = int((probabilities.cumsum(0) - probabilities < 0.6).sum())
@@ -178,6 +184,28 @@ def test_a_nucleus_of_thousands_is_as_exact_as_a_small_one() -> None:
     drawn = {choice.token for choice in choose(logits.expand(400, -1), samplers)}
     assert drawn <= allowed
     assert drawn & set(order[inside - 300 : inside].tolist())
+
+
+def test_looking_among_the_likeliest_first_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = torch.Generator().manual_seed(5)
+    logits = torch.randn(300, 3000, generator=chance) * torch.rand(300, 1, generator=chance) * 8
+    logits[::7] = logits[::7].round()  # many tokens of one weight
+    numbers = torch.rand(300, 3, generator=chance)
+    ways = [
+        Sampling(
+            seed=row,
+            top_k=int(4000 * share**6) if row % 2 else 0,
+            top_p=top if row % 3 else 1,
+            min_p=least**6 if row % 5 < 2 else 0,
+        )
+        for row, (share, top, least) in enumerate(numbers.tolist())
+    ]
+    drawn = []
+    for few in (64, 0, 1000):
+        monkeypatch.setattr(sampling, "FEW", few)
+        drawn.append(choose(logits, [Sampler(way) for way in ways]))
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert drawn[0] != choose(logits, [Sampler(Sampling(seed=way.seed)) for way in ways])
 
 
 def test_a_row_is_drawn_the_same_alone_and_in_company_to_the_bit() -> None:

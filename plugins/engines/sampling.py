@@ -5,7 +5,6 @@ temperature, min_p, top_k, top_p.
 """
 
 import dataclasses
-import functools
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,9 @@ COLDEST = 1e-5  # a temperature below it is greedy: logits divided by less overf
 # of adding, nor on the device, nor on how many rows there are. Their order is that of fp32.
 GRAIN = 2.0**40
 
-NUCLEUS = 256  # tokens among which top_p is looked for first: sorting a whole vocabulary takes ten times as long
+FEW = 64  # of the likeliest tokens, among which the others are looked for where top_k is less
+PATIENCE = 8  # draws before sorting a whole vocabulary is the quicker way
+
 BLOCK = 64  # prompt positions scored together: each takes a whole vocabulary in fp32
 
 
@@ -143,9 +144,12 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
         _bias(values, samplers)
         _penalise(values, samplers)
     drawn = [row for row, sampler in enumerate(samplers) if sampler.drawn]
-    tokens = values.argmax(-1)
+    likeliest = [row for row, sampler in enumerate(samplers) if not sampler.drawn]
+    tokens = torch.empty(len(samplers), dtype=torch.int64, device=values.device)
+    if likeliest:
+        tokens[likeliest] = _rows(values, likeliest).argmax(-1)
     if drawn:
-        tokens[drawn] = draw(values[drawn], [samplers[row] for row in drawn])
+        tokens[drawn] = draw(_rows(values, drawn), [samplers[row] for row in drawn])
     choices = [Choice(token) for token in tokens.tolist()]
     counts = [samplers[row].sampling.logprobs or 0 for row in scored]
     for row, choice in zip(scored, score(own, [choices[row].token for row in scored], counts), strict=True):
@@ -171,47 +175,93 @@ def score(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) ->
 def draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
     """Token ids [rows], drawn from fp32 `logits` [rows, vocab] as the samplers say.
 
-    A row's token depends on its logits and its sampler alone, to the bit. Every restriction is a least weight, so tokens
-    of the same weight are in or out together.
+    A row's token depends on its logits and its sampler alone, to the bit: a random number is looked up in the sums of
+    the allowed weights, in the order of the vocabulary. Tokens of the same weight are allowed or not together.
     """
+    device, vocabulary = logits.device, logits.shape[1]
+    warmth = torch.tensor([sampler.sampling.temperature for sampler in samplers], device=device)
+    probabilities = (logits / warmth[:, None]).softmax(-1)
+    tokens = torch.empty(len(samplers), dtype=torch.int64, device=device)
+    everything = list(range(len(samplers)))
+    # The few likeliest are enough for most top_k, and quicker, unless others are as likely as the last that is allowed.
+    few = [row for row in everything if 0 < samplers[row].sampling.top_k < FEW < vocabulary]
+    if few:
+        best, ids = _rows(probabilities, few).topk(FEW, -1)
+        ranks = torch.tensor([samplers[row].sampling.top_k for row in few], device=device)
+        enough = (best.gather(1, ranks[:, None] - 1) > best[:, -1:])[:, 0].tolist()
+        kept = [place for place, known in enumerate(enough) if known]
+        few = [few[place] for place in kept]
+        ids, order = _rows(ids, kept).sort(-1)  # in the order of the vocabulary
+        weights = (_rows(best, kept) * GRAIN).long().gather(1, order)
+        tokens[few] = ids.gather(1, _pick(weights, [samplers[row] for row in few])[:, None])[:, 0]
+    if many := sorted({*everything} - {*few}):
+        weights = (_rows(probabilities, many) * GRAIN).long()
+        tokens[many] = _pick(weights, [samplers[row] for row in many])
+    return tokens
+
+
+def _pick(weights: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
+    """An index [rows] into each row of `weights` [rows, choices], as its sampler draws it."""
     ways = [sampler.sampling for sampler in samplers]
-    column = functools.partial(torch.tensor, dtype=torch.float64, device=logits.device)
-    probabilities = (logits / column([way.temperature for way in ways])[:, None].float()).softmax(-1)
-    weights = (probabilities * GRAIN).long()
     if any(way.min_p > 0 for way in ways):
-        least = weights.amax(-1) * column([way.min_p for way in ways])
-        weights.masked_fill_(weights < least[:, None], 0)
-    if rows := [row for row, way in enumerate(ways) if 0 < way.top_k < logits.shape[1]]:
-        ranks = torch.tensor([ways[row].top_k for row in rows], device=logits.device)
-        best = probabilities[rows].topk(int(ranks.max()), -1).values
-        least = (best.gather(1, ranks[:, None] - 1) * GRAIN).long()
-        weights[rows] = weights[rows].where(weights[rows] >= least, 0)
-    if rows := [row for row, way in enumerate(ways) if way.top_p < 1]:
-        weights[rows] = _nucleus(weights[rows], column([ways[row].top_p for row in rows]))
+        least = weights.amax(-1) * _column([way.min_p for way in ways], weights)
+        weights = weights.masked_fill(weights < least[:, None], 0)
+    if rows := [row for row, way in enumerate(ways) if 0 < way.top_k < weights.shape[1]]:
+        ranks = torch.tensor([ways[row].top_k for row in rows], device=weights.device)
+        least = weights.new_zeros(len(ways))
+        best = _rows(weights, rows).topk(int(ranks.max()), -1).values
+        least[rows] = best.gather(1, ranks[:, None] - 1)[:, 0]
+        weights = weights.masked_fill(weights < least[:, None], 0)
     cumulative = weights.cumsum(-1)
+    picked = _look_up(cumulative, samplers)
+    if outside := [row for row, way in enumerate(ways) if way.top_p < 1]:
+        _hold_to_nucleus(picked, weights, cumulative, samplers, outside)
+    return picked
+
+
+def _hold_to_nucleus(
+    picked: torch.Tensor,
+    weights: torch.Tensor,
+    cumulative: torch.Tensor,
+    samplers: Sequence[Sampler],
+    outside: list[int],
+) -> None:
+    """Draw again in the rows that may be `outside` of top_p, till `picked` is in their nucleus (Holtzman et al., 2020).
+
+    It is, where all that are heavier make up less than top_p: no vocabulary has to be sorted for that. It takes
+    1 / top_p draws; where that is many, the row is sorted after all.
+    """
+    shares = _column([sampler.sampling.top_p for sampler in samplers], weights)
+    needed = (cumulative[:, -1] * shares).ceil().long().clamp_(min=1)
+    for _ in range(PATIENCE):
+        these = _rows(weights, outside)
+        own = these.gather(1, picked[outside][:, None])
+        heavier = these.masked_fill(these <= own, 0).sum(-1)
+        outside = [row for row, out in zip(outside, (heavier >= needed[outside]).tolist(), strict=True) if out]
+        if not outside:
+            return
+        picked[outside] = _look_up(cumulative[outside], [samplers[row] for row in outside])
+    these = weights[outside]
+    heaviest = these.sort(-1, descending=True).values
+    last = torch.searchsorted(heaviest.cumsum(-1), needed[outside][:, None])
+    these = these.masked_fill(these < heaviest.gather(1, last), 0)
+    picked[outside] = _look_up(these.cumsum(-1), [samplers[row] for row in outside])
+
+
+def _look_up(cumulative: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
+    """An index [rows] into each row of `cumulative` weights [rows, choices]: where the sampler's next number falls."""
     total = cumulative[:, -1]
-    target = (total * column([sampler.uniform() for sampler in samplers])).long().clamp_(max=total - 1)
+    target = (total * _column([sampler.uniform() for sampler in samplers], cumulative)).long().minimum(total - 1)
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
 
-def _nucleus(weights: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """`weights` [rows, vocab] with 0 for what is outside the nucleus (Holtzman et al., 2020).
+def _column(numbers: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device=like.device)
 
-    That is the fewest of the heaviest that make up `share` [rows], fp64, of their row.
-    """
-    needed = (weights.sum(-1) * share).ceil().long().clamp_(min=1)
-    least = torch.zeros_like(needed)
-    open_rows = torch.arange(len(weights), device=weights.device)
-    for size in (min(NUCLEUS, weights.shape[1]), weights.shape[1]):
-        heaviest = weights[open_rows].topk(size, -1).values
-        cumulative = heaviest.cumsum(-1)
-        found = cumulative[:, -1] >= needed[open_rows]
-        last = torch.searchsorted(cumulative[found], needed[open_rows][found][:, None])
-        least[open_rows[found]] = heaviest[found].gather(1, last)[:, 0]
-        open_rows = open_rows[~found]
-        if not len(open_rows):
-            break
-    return weights.where(weights >= least[:, None], 0)
+
+def _rows(values: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """These rows; all of them without a copy."""
+    return values if len(rows) == len(values) else values[rows]
 
 
 def _mask(values: torch.Tensor, samplers: Sequence[Sampler]) -> None:
