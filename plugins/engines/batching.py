@@ -1,6 +1,5 @@
 """One thread that decodes: sequences come in from the event loop, are read, step together, and their text goes back."""
 
-import asyncio
 import logging
 import threading
 from collections import deque

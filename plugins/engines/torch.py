@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from plugins import hardware
 from plugins.engines.adapters import NONE
 from plugins.engines.batching import Batcher
-from plugins.engines.sequence import Sequence
 from plugins.engines.decoding import Decoder
+from plugins.engines.sequence import Sequence
 from plugins.engines.text import Voice, prompt_field
 from plugins.model_files import check_model_files, has_tokenizer
 from plugins.pretrained import load
