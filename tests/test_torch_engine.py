@@ -15,7 +15,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models
 
-from plugins.engines import Torch, batching, decoding
+from plugins.engines import Torch, batching, runner, scheduler
 from plugins.engines.text import TextStream
 from plugins.engines.torch import TorchEngine
 from plugins.spec import UserError
@@ -54,8 +54,9 @@ def engine(base: Path) -> Iterator[TorchEngine]:
     asyncio.run(made.close())
 
 
-def start(model: Path, *, max_batch: int = 4, max_length: int | None = None) -> TorchEngine:
-    return TorchEngine(ModelSource(str(model), dtype="fp32"), max_batch=max_batch, max_length=max_length, cpus=1)
+def start(model: Path, **options: Any) -> TorchEngine:
+    spec = Torch(**({"max_batch": 4, "kv_memory": "16MiB"} | options))
+    return TorchEngine(ModelSource(str(model), dtype="fp32"), spec, cpus=1)
 
 
 def request(prompt: Any, **changes: Any) -> GenerateRequest:
@@ -74,6 +75,11 @@ def run(engine: TorchEngine, *parts: Callable[[], Awaitable[Any]]) -> list[Any]:
         return await asyncio.wait_for(asyncio.gather(*(part() for part in parts)), 60)
 
     return asyncio.run(together())
+
+
+def no_changes(engine: TorchEngine) -> bool:
+    """Whether the base is as it was before any adapter."""
+    return not any(layer.changes for layer, _ in engine._batcher._runner.adapters._layers.values())
 
 
 def ask(engine: TorchEngine, prompt: Any, **changes: Any) -> Delta:
@@ -140,7 +146,7 @@ def test_an_answer_grows_to_the_length_of_the_model(base: Path) -> None:
 def test_a_long_prompt_is_read_in_pieces_and_others_go_on(
     base: Path, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "PIECE", 16)
+    monkeypatch.setattr(scheduler, "CHUNK", 16)
     long = " ".join(PROMPTS)
     texts = run(engine, *(lambda p=prompt: answer(engine, p) for prompt in (long, *PROMPTS[:4])))
     assert [delta.text for delta in texts] == [generated(base, prompt) for prompt in (long, *PROMPTS[:4])]
@@ -179,7 +185,7 @@ def architecture(name: str) -> Any:
     ],
 )
 def test_other_architectures(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "PIECE", 12)  # the longest of the prompts comes in several pieces
+    monkeypatch.setattr(scheduler, "CHUNK", 12)  # the longest of the prompts comes in several pieces
     model = small_models.save_model(tmp_path / "model", architecture(name))
     engine = start(model)
     try:
@@ -262,7 +268,7 @@ def test_a_consumer_that_goes_away_frees_its_place(base: Path, how: str) -> None
             await asyncio.gather(task, return_exceptions=True)
         waited = await asyncio.wait_for(answer(engine, "hello", max_tokens=2), 20)
         assert waited.completion_tokens == 2
-        return first, engine._batcher._under_way()
+        return first, engine._batcher._scheduler.sequences()
 
     try:
         first, under_way = asyncio.run(main())
@@ -279,17 +285,17 @@ async def _drain(stream: AsyncIterator[Delta]) -> None:
 
 def test_the_event_loop_goes_on_while_the_model_computes(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that does not end until the event loop has done something: it would wait for ever if it blocked the loop."""
-    ticked, step = threading.Event(), decoding.Decoder.step
+    ticked, step = threading.Event(), runner.Runner.run
 
     async def main() -> Delta:
         loop, stepping = asyncio.get_running_loop(), asyncio.Event()
 
-        def slow(self: Any) -> torch.Tensor:
+        def slow(self: Any, pieces: Any) -> Any:
             loop.call_soon_threadsafe(stepping.set)
             assert ticked.wait(20)
-            return step(self)
+            return step(self, pieces)
 
-        monkeypatch.setattr(decoding.Decoder, "step", slow)
+        monkeypatch.setattr(runner.Runner, "run", slow)
         running = asyncio.ensure_future(answer(engine, "hello", max_tokens=3))
         await stepping.wait()
         ticked.set()
@@ -494,7 +500,7 @@ def test_adapters_answer_side_by_side(base: Path, runs: list[Path], engine: Torc
     assert ask(engine, PROMPTS[0], adapter="second").text == texts[2]
     asyncio.run(engine.unload_adapter("second"))
     assert ask(engine, PROMPTS[0]).text == texts[0]
-    assert not [name for name, _ in engine._batcher._decoder._model.named_modules() if "lora" in name]
+    assert no_changes(engine)
 
 
 def test_an_adapter_may_replace_whole_modules(base: Path, engine: TorchEngine, tmp_path: Path) -> None:
@@ -505,6 +511,32 @@ def test_an_adapter_may_replace_whole_modules(base: Path, engine: TorchEngine, t
     assert [delta.text for delta in both] == [before, generated(base, PROMPTS[0], run_)]
     asyncio.run(engine.unload_adapter("head"))
     assert ask(engine, PROMPTS[0]).text == before
+
+
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 40}}])
+def test_kinds_of_lora(base: Path, engine: TorchEngine, tmp_path: Path, kind: dict[str, Any]) -> None:
+    run_ = small_models.save_lora_run(tmp_path / "run", base, **kind)
+    asyncio.run(engine.load_adapter("kind", run_))
+    try:
+        assert ask(engine, PROMPTS[0], adapter="kind").text == generated(base, PROMPTS[0], run_)
+    finally:
+        asyncio.run(engine.unload_adapter("kind"))
+
+
+def test_more_adapters_than_fit_are_read_again_when_asked_for(base: Path, runs: list[Path]) -> None:
+    engine = start(base, max_adapters=1)
+    try:
+        for name, run_ in zip(("first", "second"), runs, strict=True):
+            asyncio.run(engine.load_adapter(name, run_))
+        wanted = [generated(base, PROMPTS[0], run_) for run_ in runs]
+        for _ in range(2):
+            assert [ask(engine, PROMPTS[0], adapter=name).text for name in ("first", "second")] == wanted
+            keys = {key for layer, _ in engine._batcher._runner.adapters._layers.values() for key in layer.changes}
+            assert len(keys) == 1
+        together = run(engine, *(lambda n=name: answer(engine, PROMPTS[0], adapter=n) for name in ("first", "second")))
+        assert [delta.text for delta in together] == wanted
+    finally:
+        asyncio.run(engine.close())
 
 
 def test_an_adapter_speaks_with_the_template_of_its_run(runs: list[Path], engine: TorchEngine) -> None:
@@ -547,7 +579,7 @@ def test_an_adapter_that_cannot_be_served_is_refused_and_leaves_no_trace(
     base: Path, runs: list[Path], engine: TorchEngine, tmp_path: Path
 ) -> None:
     before = ask(engine, PROMPTS[0]).text
-    other = small_models.save_model(tmp_path / "wide", small_models.llama_config(hidden_size=96, num_hidden_layers=3))
+    other = small_models.save_model(tmp_path / "wide", small_models.llama_config(hidden_size=96))
     deep = small_models.save_model(tmp_path / "deep", small_models.llama_config(num_hidden_layers=3))
     (tmp_path / "full" / "model").mkdir(parents=True)
     (tmp_path / "unfinished").mkdir()
@@ -566,7 +598,6 @@ def test_an_adapter_that_cannot_be_served_is_refused_and_leaves_no_trace(
         headless: "cannot be read",
         small_models.save_lora_run(tmp_path / "w", other): "does not fit the base: size mismatch",
         small_models.save_lora_run(tmp_path / "d", deep): r"does not fit the base.*layers\.2",
-        small_models.save_lora_run(tmp_path / "dora", base, use_dora=True): "is DoRA",
         half: "does not fit the base",
     }
     for directory, words in refused.items():
@@ -574,7 +605,7 @@ def test_an_adapter_that_cannot_be_served_is_refused_and_leaves_no_trace(
             asyncio.run(engine.load_adapter("x", directory))
         assert "\n" not in str(caught.value)
     assert ask(engine, PROMPTS[0]).text == before
-    assert not [name for name, _ in engine._batcher._decoder._model.named_modules() if "lora" in name]
+    assert no_changes(engine)
     with pytest.raises(UserError, match="no adapter 'x'"):
         asyncio.run(engine.unload_adapter("x"))
 
@@ -624,14 +655,14 @@ def test_a_chat_needs_a_template_that_takes_it(base: Path, tmp_path: Path) -> No
 def test_a_failure_reaches_everyone_who_waits(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = start(base, max_batch=2)
     steps = iter(range(3))
-    step = decoding.Decoder.step
+    step = runner.Runner.run
 
-    def breaks(self: Any) -> torch.Tensor:
+    def breaks(self: Any, pieces: Any) -> Any:
         if next(steps, None) is None:
-            raise MemoryError("out of memory")
-        return step(self)
+            raise ValueError("something broke")
+        return step(self, pieces)
 
-    monkeypatch.setattr(decoding.Decoder, "step", breaks)
+    monkeypatch.setattr(runner.Runner, "run", breaks)
 
     async def main() -> list[Any]:
         asks = (answer(engine, prompt, max_tokens=50) for prompt in PROMPTS[:4])
@@ -639,10 +670,10 @@ def test_a_failure_reaches_everyone_who_waits(base: Path, monkeypatch: pytest.Mo
 
     for error in asyncio.run(main()):
         assert isinstance(error, RuntimeError)
-        assert isinstance(error.__cause__, MemoryError)
-    with pytest.raises(RuntimeError, match="out of memory"):
+        assert isinstance(error.__cause__, ValueError)
+    with pytest.raises(RuntimeError, match="something broke"):
         engine.check()
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RuntimeError, match="something broke"):
         ask(engine, "hello")
     asyncio.run(engine.close())
 

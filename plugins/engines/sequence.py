@@ -27,6 +27,7 @@ class Sequence:
         self.tokens = list(prompt)  # and the answer so far
         self.sampler = Sampler(request)
         self.mailbox = Mailbox(loop)
+        self.scores_prompt = False
         self.abandoned = False  # nobody waits for it any more
         self._limit, self._count = limit, 0
         self._ends = voice.ends
