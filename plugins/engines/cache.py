@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 SMALLEST = 64  # tokens: the capacity of the smallest row
 BLOCK = 32  # tokens: prefixes are kept in blocks of this many
-FIRST = 1024  # tokens of the first slab of a capacity; each further one is as large as those before it together
+FIRST = 1024  # tokens of a slab, at least
+LARGE = 8192  # tokens of the first slab of a capacity where memory allows; each further one is as large as all before it
 
 
 class Store(Protocol):
@@ -128,7 +129,8 @@ class Cache:
     def _allocate(self, capacity: int) -> Slab | None:
         """A new slab, as large as is sensible and fits; those that are empty make room for it."""
         same = sum(slab.tokens for slab in self.slabs if slab.capacity == capacity)
-        wanted = (FIRST if capacity == BLOCK else max(FIRST, same)) // capacity
+        first = max(FIRST, min(LARGE, self.budget // 32))
+        wanted = (FIRST if capacity == BLOCK else max(first, same)) // capacity
         empty = [slab for slab in self.slabs if not slab.places]
         while empty and self.budget - self.allocated < capacity:
             self.slabs.remove(empty.pop())

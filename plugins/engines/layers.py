@@ -50,7 +50,7 @@ class Packed:
     """oneDNN's, with weights in the order in which it reads them."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous().to_mkldnn(), PACKED_FOR)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR)
         self._bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
