@@ -202,7 +202,7 @@ def test_prefixes_of_one_adapter_are_not_anothers() -> None:
 
 def test_prefixes_that_were_of_no_use_for_longest_go_first() -> None:
     machine = Machine(4096, 512, rows=1)
-    for n in range(30):
+    for n in range(48):
         machine.run(Asked([n] * 120, limit=1), Asked([49] * 120, limit=1))
     before = machine.computed
     machine.run(Asked([49] * 120, limit=1))

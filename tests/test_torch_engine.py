@@ -16,6 +16,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models
 
 from plugins.engines import Torch, batching, runner, scheduler
+from plugins.engines.cache import Cache
 from plugins.engines.text import TextStream
 from plugins.engines.torch import TorchEngine
 from plugins.spec import UserError
@@ -521,6 +522,83 @@ def test_kinds_of_lora(base: Path, engine: TorchEngine, tmp_path: Path, kind: di
         assert ask(engine, PROMPTS[0], adapter="kind").text == generated(base, PROMPTS[0], run_)
     finally:
         asyncio.run(engine.unload_adapter("kind"))
+
+
+def test_memory_for_keys_and_values_is_bounded_and_changes_no_answer(base: Path) -> None:
+    wanted = [generated(base, prompt, max_tokens=60) for prompt in PROMPTS]
+    engine = start(base, max_batch=8, kv_memory="0.0625MiB")  # 128 tokens: two of these answers at a time
+    try:
+        cache = engine._batcher._scheduler.cache
+        assert cache.budget == 128
+        together = run(engine, *(lambda p=prompt: answer(engine, p, max_tokens=60) for prompt in PROMPTS))
+        assert [delta.text for delta in together] == wanted
+        assert cache.allocated <= 128
+        with pytest.raises(RequestError, match=r"max_tokens = 200: at most .* takes 128 of prompt and answer together"):
+            ask(engine, "hello", max_tokens=200)
+    finally:
+        asyncio.run(engine.close())
+
+
+@pytest.mark.parametrize("written", ["", "0%", "120%", "2 GB", "lots"])
+def test_memory_that_cannot_be_read_is_refused(written: str) -> None:
+    with pytest.raises(UserError, match=r"Torch.kv_memory = .*25%"):
+        Torch(kv_memory=written)
+
+
+def test_a_shared_beginning_is_computed_once_and_changes_no_answer(base: Path, engine: TorchEngine) -> None:
+    shared = " ".join(PROMPTS)
+    prompts = [f"{shared} {end}" for end in ("fox", "sea", "house")]
+    wanted = [generated(base, prompt) for prompt in prompts]
+    cache = engine._batcher._scheduler.cache
+    before = cache.hits
+    together = run(engine, *(lambda p=prompt: answer(engine, p) for prompt in prompts))
+    assert [delta.text for delta in together] == wanted
+    assert cache.hits - before >= 2 * 64
+    assert [ask(engine, prompt).text for prompt in prompts] == wanted
+
+
+def test_a_request_that_runs_out_of_memory_fails_alone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(base)
+    compute = runner.Runner.run
+
+    def full(self: Any, pieces: Any) -> Any:
+        if len(pieces) > 2:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return compute(self, pieces)
+
+    monkeypatch.setattr(runner.Runner, "run", full)
+
+    async def main() -> list[Any]:
+        asks = (answer(engine, prompt, max_tokens=50) for prompt in PROMPTS[:4])
+        return await asyncio.wait_for(asyncio.gather(*asks, return_exceptions=True), 20)
+
+    try:
+        *first, third, fourth = asyncio.run(main())
+        assert [delta.text for delta in first] == [generated(base, prompt, max_tokens=50) for prompt in PROMPTS[:2]]
+        assert all("not enough memory" in str(error) for error in (third, fourth))
+        engine.check()
+        assert ask(engine, "hello").text == generated(base, "hello")
+    finally:
+        asyncio.run(engine.close())
+
+
+def test_8_bit_weights_hardly_change_the_answers(base: Path, engine: TorchEngine) -> None:
+    small = start(base, weights="int8")
+    try:
+        ids = torch.tensor([7, 9, 30, 41, 55, 60])
+        exact, rounded = (_logits(made, ids) for made in (engine, small))
+        assert 0 < ((exact - rounded).norm() / exact.norm()) < 0.05
+    finally:
+        asyncio.run(small.close())
+
+
+def _logits(engine: TorchEngine, ids: torch.Tensor) -> torch.Tensor:
+    made = engine._batcher._runner
+    cache = Cache(made.tables, budget=64, longest=64)
+    place = cache.place(len(ids))
+    assert place is not None
+    probe = runner._Probe(ids.tolist())
+    return made.run([scheduler.Piece(scheduler.Running(probe, place), len(ids))])[0]
 
 
 def test_more_adapters_than_fit_are_read_again_when_asked_for(base: Path, runs: list[Path]) -> None:

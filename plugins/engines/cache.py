@@ -13,8 +13,11 @@ from typing import Any, Protocol
 
 SMALLEST = 64  # tokens: the capacity of the smallest row
 BLOCK = 32  # tokens: prefixes are kept in blocks of this many
-FIRST = 1024  # tokens of a slab, at least
-LARGE = 8192  # tokens of the first slab of a capacity where memory allows; each further one is as large as all before it
+FIRST = (
+    8192  # tokens of the first slab of a capacity, at most; each further one is as large as those before it together
+)
+BLOCKS = 1024  # tokens of a slab of blocks, at most
+PART = 32  # of the budget: either is no larger than one of so many
 
 
 class Store(Protocol):
@@ -75,6 +78,7 @@ class Cache:
         self.slabs: list[Slab] = []
         self.hits = 0  # tokens that need not have been computed
         self._store = store
+        self._block_slab = max(BLOCK, min(BLOCKS, budget // PART))
         self._roots: dict[str, Prefix] = {}
         self._clock = 0
 
@@ -129,8 +133,8 @@ class Cache:
     def _allocate(self, capacity: int) -> Slab | None:
         """A new slab, as large as is sensible and fits; those that are empty make room for it."""
         same = sum(slab.tokens for slab in self.slabs if slab.capacity == capacity)
-        first = max(FIRST, min(LARGE, self.budget // 32))
-        wanted = (FIRST if capacity == BLOCK else max(first, same)) // capacity
+        first = min(FIRST, self.budget // PART)
+        wanted = (self._block_slab if capacity == BLOCK else max(first, same)) // capacity
         empty = [slab for slab in self.slabs if not slab.places]
         while empty and self.budget - self.allocated < capacity:
             self.slabs.remove(empty.pop())
@@ -185,7 +189,7 @@ class Cache:
         """A row for a block, if need be that of an older one, but not of one that is of use just now."""
         free = any(slab.capacity == BLOCK and len(slab.places) < slab.rows for slab in self.slabs)
         # Blocks leave a quarter of the budget to rows, which would otherwise have to take it back again and again.
-        is_full = self.allocated + FIRST > self.budget - self.budget // 4
+        is_full = self.allocated + self._block_slab > self.budget - self.budget // 4
         if not free and is_full and not self._forget_oldest_slab(but=self._clock):
             return None
         return self._place(BLOCK)
