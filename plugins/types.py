@@ -1,8 +1,8 @@
 """The values that finetuning, serving, the plug-ins and the web page hand to each other."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -58,31 +58,93 @@ class Pair:
 IGNORE = -100  # the index that torch's cross entropy leaves out
 
 
+@dataclass(frozen=True)
+class Constraint:
+    """What the whole answer has to match: a JSON schema, any JSON object, a regular expression, one of several texts.
+
+    `field` is what the sender called it.
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "choice"]
+    value: str | tuple[str, ...]  # the schema as JSON, the expression, the texts; "" for json_object
+    field: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
     """One request for text, whole and immutable: nothing else about a request is kept anywhere.
 
-    `prompt` is text, token ids, or messages for the chat template. `max_tokens` None means up to the engine's length.
+    `prompt` is text, token ids, or messages for the chat template, which gets `tools` (in OpenAI's form) too.
+    Where a field may be None, None means as the model's own generation_config has it, or else that it changes nothing.
+    `max_tokens` None means, where that says nothing either, up to the engine's length. 0, to only read the prompt, goes
+    with `echo` or `prompt_logprobs`.
     """
 
     prompt: str | tuple[int, ...] | tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     adapter: str | None = None
+    # Where the answer ends
     max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: all
-    seed: int | None = None
+    min_tokens: int | None = None  # till then, no end, no stop token and no stop string
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False  # the stop string, or stop token, stays in the text
+    ignore_eos: bool = False
+    constraint: Constraint | None = None
+    # How tokens are chosen
+    temperature: float | None = None  # 0: the likeliest
+    top_p: float | None = None
+    top_k: int | None = None  # 0: all
+    min_p: float | None = None  # as a share of the likeliest token's probability
+    repetition_penalty: float | None = None  # of tokens in the prompt and the answer
+    frequency_penalty: float = 0.0  # of tokens in the answer
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    seed: int | None = None
+    # What comes beside the answer
+    logprobs: int | None = None  # this many of the likeliest tokens, besides the token itself
+    prompt_logprobs: int | None = None
+    echo: bool = False  # the text begins with the prompt
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, and its log-probability in the model's own distribution: before any bias, penalty or temperature."""
+
+    token: int
+    data: bytes  # UTF-8 in most cases; part of a character in some
+    logprob: float | None  # None: the first token of a prompt, which nothing predicts
+    top: tuple["TokenLogprob", ...] = ()  # the likeliest in its place, the best first
+    offset: int = 0  # where in the answer's text it begins, in characters; an echoed prompt is part of that text
 
 
 @dataclass(frozen=True)
 class Delta:
-    """New text of an answer. The last one carries the reason for the end; counts are of the answer so far."""
+    """New text of an answer. The last one carries the reason for the end; counts are of the answer so far.
+
+    `stop_reason`: the stop string or stop token that ended it. `logprobs`: of the tokens that came since the last Delta,
+    where they were asked for; `prompt_logprobs`: of the prompt, in the first.
+    """
 
     text: str
     prompt_tokens: int
     completion_tokens: int
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+    @staticmethod
+    def joined(deltas: "Sequence[Delta]") -> "Delta":
+        """One Delta that says what `deltas`, one or more that follow each other, say."""
+        if len(deltas) == 1:
+            return deltas[0]
+        return replace(
+            deltas[-1],
+            text="".join(delta.text for delta in deltas),
+            logprobs=tuple(token for delta in deltas for token in delta.logprobs),
+            prompt_logprobs=tuple(token for delta in deltas for token in delta.prompt_logprobs),
+        )
 
 
 class RequestError(UserError):

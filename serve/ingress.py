@@ -3,7 +3,6 @@
 import asyncio
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, cast
@@ -70,23 +69,19 @@ def api(served: Mapping[str, Sequence[str]], models: Mapping[str, Generate]) -> 
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: openai.ChatBody) -> JSONResponse | StreamingResponse:
-        return await respond(body, "chat.completion")
+        return await respond(body)
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: openai.CompletionBody) -> JSONResponse | StreamingResponse:
-        return await respond(body, "text_completion")
+        return await respond(body)
 
-    async def respond(
-        body: openai.ChatBody | openai.CompletionBody, kind: openai.Kind
-    ) -> JSONResponse | StreamingResponse:
+    async def respond(body: openai.ChatBody | openai.CompletionBody) -> JSONResponse | StreamingResponse:
         route = find_route(body.model, routes)
         body.refuse_unsupported()
         choices = [models[route.base](request) for request in body.generate_requests(route.adapter)]
-        prefix = "chatcmpl" if kind == "chat.completion" else "cmpl"
-        answer = openai.Answer(f"{prefix}-{uuid.uuid4().hex}", kind, body.model, int(time.time()), body.n)
+        answer = body.answer()
         if not body.stream:
-            ended = await _all(choices)
-            return JSONResponse(answer.whole([text for text, _ in ended], [last for _, last in ended]))
+            return JSONResponse(answer.whole(await _all(choices)))
         deltas = merged(choices)
         # The first delta before the status: a request that the engine refuses gets an error, not a broken stream.
         first = await anext(deltas)
@@ -97,21 +92,18 @@ def api(served: Mapping[str, Sequence[str]], models: Mapping[str, Generate]) -> 
     return app
 
 
-async def _all(choices: Sequence[AsyncIterator[Delta]]) -> list[tuple[str, Delta]]:
-    """The whole text and the last Delta of each choice, made side by side. If one fails, the others end."""
+async def _all(choices: Sequence[AsyncIterator[Delta]]) -> list[Delta]:
+    """All that each choice says, made side by side. If one fails, the others end."""
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_whole(deltas)) for deltas in choices]
     return [task.result() for task in tasks]
 
 
-async def _whole(deltas: AsyncIterator[Delta]) -> tuple[str, Delta]:
-    texts, last = [], None
+async def _whole(deltas: AsyncIterator[Delta]) -> Delta:
     async with aclosing(deltas):  # type: ignore[type-var]  # every one of them is an async generator
-        async for delta in deltas:
-            texts.append(delta.text)
-            last = delta
-    assert last is not None  # an engine ends with a Delta that says why
-    return "".join(texts), last
+        return Delta.joined(
+            [delta async for delta in deltas]
+        )  # one at least: an engine ends with a Delta that says why
 
 
 async def merged(choices: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int, Delta]]:

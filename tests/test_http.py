@@ -2,15 +2,18 @@
 
 import asyncio
 import json
+import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import openai
 import pytest
+import small_models
 import uvicorn
 from langchain_openai import ChatOpenAI
 from small_models import llama_config, save_lora_run, save_model
@@ -22,6 +25,13 @@ from serve.routing import UnknownModelError, find_route, model_routes
 
 LENGTH = 20_000
 QUESTION = [{"role": "user", "content": "hello world"}]
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["東京", "Bern"]}, "people": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["city", "people"],
+    "additionalProperties": False,
+}
 
 
 @dataclass
@@ -149,6 +159,159 @@ def test_a_stop_string_ends_the_answer_before_itself(served: Served) -> None:
     assert stopped.finish_reason == "stop"
 
 
+# Log-probabilities, echo, constraints: the wire
+
+
+def test_chat_logprobs_have_openais_form_whole_and_streamed(served: Served) -> None:
+    client = served.client()
+    asked = {"model": "tiny", "messages": QUESTION, "temperature": 1.2, "seed": 4, "max_tokens": 20, "logprobs": True}
+    whole = client.chat.completions.create(**asked, top_logprobs=3).choices[0]
+    tokens = whole.logprobs.content
+    assert b"".join(bytes(token.bytes) for token in tokens).decode(errors="replace") == whole.message.content
+    assert all(len(token.top_logprobs) == 3 for token in tokens)
+    assert all(token.logprob <= token.top_logprobs[0].logprob <= 0 for token in tokens)
+    streamed = [
+        token
+        for chunk in client.chat.completions.create(**asked, top_logprobs=3, stream=True)
+        if chunk.choices[0].logprobs is not None
+        for token in chunk.choices[0].logprobs.content
+    ]
+    assert streamed == tokens
+    assert len(tokens) == 20
+    plain = client.chat.completions.create(**asked).choices[0]
+    assert plain.message.content == whole.message.content
+    assert {len(token.top_logprobs) for token in plain.logprobs.content} == {0}
+    assert client.chat.completions.create(**{**asked, "logprobs": False}).choices[0].logprobs is None
+
+
+def test_completion_logprobs_and_echo_have_openais_form_whole_and_streamed(served: Served) -> None:
+    client = served.client()
+    prompt = "the 東京 fox"
+    asked = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 6, "logprobs": 2, "echo": True}
+    choice = client.completions.create(**asked).choices[0]
+    found = choice.logprobs
+    columns = {name: getattr(found, name) for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
+    assert choice.text.startswith(prompt)
+    assert {len(column) for column in columns.values()} == {client.completions.create(**asked).usage.total_tokens}
+    assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
+    for token, logprob, top, offset in list(zip(*columns.values(), strict=True))[1:]:
+        assert top[token] == logprob
+        assert 2 <= len(top) <= 3
+        assert token.startswith("bytes:\\x") or offset >= len(prompt) or choice.text.startswith(token, offset)
+    assert any(token.startswith("bytes:\\x") for token in found.tokens)  # a character in several tokens
+    text, streamed = "", {name: [] for name in columns}
+    for chunk in client.completions.create(**asked, stream=True):
+        text += chunk.choices[0].text
+        for name, part in streamed.items():
+            part.extend(getattr(chunk.choices[0].logprobs, name))
+    assert text == choice.text
+    assert streamed == columns
+
+
+def test_lm_evaluation_harness_reads_what_it_asks_for(served: Served) -> None:
+    """Its request (token-id prompts, echo, one token, logprobs of one), and how it reads the answer."""
+    prompts = [[20, 30, 40, 50, 60], [70, 80, 90]]
+    asked = {"model": "tiny", "prompt": prompts, "temperature": 0, "logprobs": 1, "seed": 1234, "echo": True}
+    for max_tokens in (1, 0):
+        choices = served.client().completions.create(**asked, max_tokens=max_tokens).choices
+        for choice, prompt, begin in zip(choices, prompts, (2, 1), strict=True):
+            end = len(choice.logprobs.tokens) - max_tokens
+            assert end == len(prompt)
+            scores, tops = choice.logprobs.token_logprobs[begin:end], choice.logprobs.top_logprobs[begin:end]
+            assert sum(scores) < 0
+            assert all(score <= max(top.values()) for score, top in zip(scores, tops, strict=True))
+    # The likeliest continuation is known to be so: its logprob is the very number that is the best.
+    best = served.client().completions.create(model="tiny", prompt=[20, 30], temperature=0, max_tokens=1, logprobs=1)
+    name = best.choices[0].logprobs.tokens[0]
+    assert best.choices[0].logprobs.top_logprobs[0] == {name: best.choices[0].logprobs.token_logprobs[0]}
+
+
+def test_prompt_logprobs_have_vllms_form(served: Served) -> None:
+    body = {"model": "tiny", "prompt": [20, 30, 40], "max_tokens": 2, "temperature": 0, "prompt_logprobs": 1}
+    choice = httpx.post(f"{served.url}/v1/completions", json=body).json()["choices"][0]
+    first, second, third = choice["prompt_logprobs"]
+    assert first is None
+    assert "30" in second
+    assert "40" in third
+    assert third["40"]["logprob"] <= max(entry["logprob"] for entry in third.values())
+    assert choice["logprobs"] is None
+    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 2, "prompt_logprobs": 0}
+    choice = httpx.post(f"{served.url}/v1/chat/completions", json=body).json()["choices"][0]
+    assert len(choice["prompt_logprobs"]) > 5
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": CITY}}},
+        {"extra_body": {"guided_json": CITY}},
+        {"extra_body": {"structured_outputs": {"json": json.dumps(CITY)}}},
+    ],
+)
+def test_a_schema_is_kept_whole_and_streamed(served: Served, constraint: dict[str, Any]) -> None:
+    asked = {
+        "model": "tiny",
+        "messages": QUESTION,
+        "temperature": 1.5,
+        "seed": 3,
+        "max_tokens": 200,
+        "n": 3,
+        **constraint,
+    }
+    whole = served.client().chat.completions.create(**asked)
+    for choice in whole.choices:
+        answer = json.loads(choice.message.content)
+        assert choice.finish_reason == "stop"
+        assert answer["city"] in ("東京", "Bern")
+        assert answer["people"] in range(10)
+        assert len(answer) == 2
+    streamed = dict.fromkeys(range(3), "")
+    for chunk in served.client().chat.completions.create(**asked, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert list(streamed.values()) == [choice.message.content for choice in whole.choices]
+
+
+def test_vllms_other_constraints_and_parameters_are_heeded(served: Served) -> None:
+    def ask(**extra: Any) -> Any:
+        answer = served.client().completions.create(
+            model="tiny", prompt="hello", temperature=0, max_tokens=20, extra_body=extra
+        )
+        return answer.choices[0]
+
+    plain = ask()
+    assert ask(guided_choice=["yes", "no"]).text in ("yes", "no")
+    assert ask(structured_outputs={"choice": ["yes", "no"]}).text in ("yes", "no")
+    assert re.fullmatch("[0-9]{3}", ask(guided_regex="[0-9]{3}").text)
+    assert re.fullmatch("[a-c]{4}", ask(structured_outputs={"regex": "[a-c]{4}"}).text)
+    stop = plain.text[3:5]
+    kept = ask(stop=[stop], include_stop_str_in_output=True)
+    assert kept.text == plain.text[: plain.text.index(stop) + len(stop)]
+    assert kept.stop_reason == stop
+    assert ask(repetition_penalty=1.9).text != plain.text
+    assert ask(frequency_penalty=-2).text != plain.text
+    assert ask(presence_penalty=-2).text != plain.text
+    assert ask(logit_bias={"20": 100}).text == small_models.tokenizer().decode([20]) * 20
+    assert ask(logit_bias={"0": 100}).text == ""
+    assert ask(logit_bias={"0": 100}, ignore_eos=True, min_tokens=2).finish_reason == "length"
+    assert ask(logit_bias={"20": 100}, stop_token_ids=[20]).stop_reason == 20
+    assert ask(temperature=1.5, top_k=1).text == ask(temperature=1.5, min_p=1).text == plain.text
+
+
+def test_messages_with_tool_calls_are_taken(served: Served) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"place": "sea"}'}}
+    messages = [
+        *QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "sun"},
+    ]
+    asked = {"model": "tiny", "messages": messages, "max_tokens": 3, "temperature": 0}
+    answer = served.client().chat.completions.create(**asked, tools=TOOLS, tool_choice="none")
+    assert answer.choices[0].message.content
+    call["function"]["arguments"] = "{"
+    with pytest.raises(openai.BadRequestError, match="arguments of a tool call must be JSON"):
+        served.client().chat.completions.create(**asked)
+
+
 def test_langchain_streams_and_asks(served: Served) -> None:
     model = ChatOpenAI(model="tiny:run", base_url=f"{served.url}/v1", api_key="none", temperature=0, max_tokens=8)
     answer = model.invoke("hello world").content
@@ -167,8 +330,26 @@ def test_langchain_streams_and_asks(served: Served) -> None:
         ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 100_000}, 400, "max_tokens", "20000"),
         ({"messages": [{"role": "user", "content": "word " * LENGTH}]}, 400, "messages", "20000"),
-        ({"logprobs": True}, 400, "logprobs", "not supported"),
-        ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
+        ({"echo": True}, 400, "echo", "not supported"),
+        ({"best_of": 3}, 400, "best_of", "not supported"),
+        ({"tool_choice": "required", "tools": TOOLS}, 400, "tool_choice", "auto and none are"),
+        ({"tools": TOOLS}, 400, "tools", "takes no tools"),
+        ({"tools": [{"type": "function"}]}, 400, "tools.0.function", "required"),
+        ({"messages": [{"role": "user"}]}, 400, "messages", "no content"),
+        ({"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "logprobs", "from 0 to 20"),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias.5", "less than or equal to 100"),
+        ({"logit_bias": {"99999": 1}}, 400, "logit_bias", "0 to 383"),
+        ({"min_tokens": 5}, 400, "min_tokens", "at most max_tokens"),
+        ({"min_p": 2}, 400, "min_p", "less than or equal to 1"),
+        ({"response_format": {"type": "xml"}}, 400, "response_format", "json_schema"),
+        ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema.json_schema", "required"),
+        ({"guided_json": {"type": "nothing"}}, 400, "guided_json", "nothing"),
+        ({"guided_regex": "a(b"}, 400, "guided_regex", "guided_regex"),
+        ({"guided_choice": []}, 400, "guided_choice", "at least 1"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, 400, "guided_choice", "combined with guided_regex"),
+        ({"structured_outputs": {"xml": "a"}}, 400, "structured_outputs.xml", "not permitted"),
+        ({"guided_choice": ["a"], "ignore_eos": True}, 400, "ignore_eos", "combined with guided_choice"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -187,7 +368,7 @@ def test_the_openai_client_sees_its_own_errors(served: Served) -> None:
     with pytest.raises(openai.NotFoundError, match="there are: tiny, tiny:run"):
         served.client().chat.completions.create(model="gpt-4", messages=QUESTION)
     with pytest.raises(openai.BadRequestError, match="not supported"):
-        served.client().chat.completions.create(model="tiny", messages=QUESTION, logprobs=True)
+        served.client().chat.completions.create(model="tiny", messages=QUESTION, modalities=["audio"])
 
 
 def test_an_unknown_path_is_an_error_in_the_same_envelope(served: Served) -> None:
@@ -200,7 +381,7 @@ def test_defaults_that_clients_send_along_are_taken(served: Served) -> None:
     answer = served.client().chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": [{"type": "text", "text": "hello"}]}],
         max_completion_tokens=2, frequency_penalty=0, presence_penalty=0, logprobs=False, user="me",
-        response_format={"type": "text"},
+        response_format={"type": "text"}, top_p=None, stop=None, seed=None, n=1, tool_choice="auto", logit_bias={},
     )  # fmt: skip
     assert answer.usage.completion_tokens <= 2
 

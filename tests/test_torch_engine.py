@@ -327,25 +327,6 @@ def test_the_narrowest_choice_is_the_greedy_one(engine: TorchEngine, options: di
     assert ask(engine, PROMPTS[0], **({"temperature": 0.7} | options)).text == ask(engine, PROMPTS[0]).text
 
 
-def test_draws_follow_the_distribution() -> None:
-    from plugins.engines.sampling import Sampler
-
-    logits = torch.tensor([2.0, 1.0, 0.0, -50.0])
-
-    def shares(**options: Any) -> list[float]:
-        sampler = Sampler(request("", temperature=1.0, seed=0, **options))
-        drawn = torch.stack([sampler.draw(logits) for _ in range(4000)])
-        return [(drawn == token).float().mean().item() for token in range(4)]
-
-    def close(wanted: torch.Tensor) -> Any:
-        return pytest.approx([*wanted.tolist(), *[0.0] * (4 - len(wanted))], abs=0.03)
-
-    assert shares() == close(logits.softmax(-1))
-    assert shares(top_k=2) == close(logits[:2].softmax(-1))
-    assert shares(top_p=0.7) == close(logits[:2].softmax(-1))  # 0.67 is not enough
-    assert shares(top_k=3, top_p=0.6) == close(logits[:1].softmax(-1))
-
-
 # Where an answer ends
 
 

@@ -145,6 +145,10 @@ class Batcher:
 
     def _deliver(self, logits: torch.Tensor, rows: Several[tuple[Piece[Sequence], slice]]) -> None:
         """Choose the next tokens from `logits`, of which each piece has its rows; send the text."""
+        for piece, part in rows:
+            start = piece.running.place.length - piece.count
+            if piece.running.sequence.scores_prompt and start < len(piece.running.sequence.prompt):
+                piece.running.sequence.score_prompt(start, logits[part])
         ended = [(piece, part) for piece, part in rows if piece.running.left == 0]
         last = logits if len(ended) == len(logits) else logits[[part.stop - 1 for _, part in ended]]
         choices = choose(last, [piece.running.sequence.sampler for piece, _ in ended]) if ended else []

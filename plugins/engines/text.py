@@ -3,16 +3,51 @@
 No torch here: any engine that counts in tokens may use it.
 """
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from jinja2 import TemplateError
 
+from plugins.engines.grammar import Grammars
 from plugins.template import Tokenizer, conversation_text, end_of_turn
 from plugins.types import GenerateRequest, Message, RequestError
 
 CUT = "\ufffd"  # what a decoder puts where the bytes of a character are not all there
 WINDOW = 16  # tokens decoded again for each new one: enough for the context that a decoder wants
+
+
+class Spelling:
+    """The bytes of each token by itself, which a decoder joins: a character may be spread over several tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._names = tokenizer.convert_ids_to_tokens
+        self._added = {number: str(token).encode() for number, token in tokenizer.added_tokens_decoder.items()}
+        decoder = tokenizer.backend_tokenizer.decoder
+        kinds = decoder.__getstate__().decode() if decoder is not None else ""
+        self._byte_level, self._bytes, self._words = (kind in kinds for kind in ("ByteLevel", "ByteFallback", "▁"))
+
+    def __call__(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token]
+        name: str = self._names(token) or ""  # a model may have more rows than its tokenizer has tokens
+        if self._byte_level:
+            return bytes(BYTE_OF[character] for character in name)
+        if self._bytes and len(name) == 6 and name.startswith("<0x"):
+            return bytes([int(name[3:5], 16)])
+        return (name.replace("▁", " ") if self._words else name).encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's way of writing bytes (Radford et al., 2019): printable Latin-1 as itself, the others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_alphabet()
 
 
 @dataclass(frozen=True)
@@ -32,32 +67,61 @@ class Voice:
                 ends.add(end_of_turn(tokenizer))
         return cls(tokenizer, frozenset(token for token in ends if token is not None))
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """The constraints on answers in this voice; made when the first is asked for, which takes a while."""
+        return Grammars(self.tokenizer, self.ends)
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        return Spelling(self.tokenizer)
+
     def read(self, request: GenerateRequest, vocabulary: int) -> list[int]:
         """The prompt as token ids below `vocabulary`. Raises RequestError for one that is empty or cannot be read."""
         field = prompt_field(request)
-        ids = self._tokens(request.prompt)
+        ids = self._tokens(request)
         if not ids:
             raise RequestError(f"{field} is empty", field)
         if wrong := next((token for token in ids if not 0 <= token < vocabulary), None):
             raise RequestError(f"{field}: {wrong} is not a token of this model (0 to {vocabulary - 1})", field)
         return ids
 
-    def _tokens(self, prompt: str | tuple[int, ...] | tuple[Message, ...]) -> list[int]:
+    def echo(self, request: GenerateRequest, ids: list[int]) -> tuple[str, list[int]]:
+        """The prompt, of token `ids`, as text, and where in it each token begins, in characters.
+
+        Text is as it was sent, without the tokens that the tokenizer puts before it; those begin where the text does.
+        """
+        if isinstance(request.prompt, str):
+            found = self.tokenizer(request.prompt, return_offsets_mapping=True)["offset_mapping"]
+            return request.prompt, [start for start, _ in found]
+        text, offsets = TextStream(self.tokenizer, special=True), []
+        pieces = []
+        for token in ids:
+            offsets.append(text.length)
+            pieces.append(text.push(token))
+        return "".join([*pieces, text.end()]), offsets
+
+    def _tokens(self, request: GenerateRequest) -> list[int]:
+        prompt = request.prompt
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
         messages = [part for part in prompt if isinstance(part, Message)]
         if messages:
             # The template has written the special tokens already.
-            return list(self.tokenizer(self._conversation(messages), add_special_tokens=False)["input_ids"])
+            text = self._conversation(messages, request.tools)
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return [part for part in prompt if isinstance(part, int)]
 
-    def _conversation(self, messages: list[Message]) -> str:
+    def _conversation(self, messages: list[Message], tools: tuple[Mapping[str, Any], ...]) -> str:
         if self.tokenizer.chat_template is None:
             raise RequestError("this model has no chat template: send plain text to /v1/completions", "messages")
         try:
-            return conversation_text(self.tokenizer, messages, ask=True)
+            text = conversation_text(self.tokenizer, messages, ask=True, tools=tools)
+            if tools and text == conversation_text(self.tokenizer, messages, ask=True):
+                raise RequestError("the chat template of this model takes no tools", "tools")
         except TemplateError as error:
             raise RequestError(f"the chat template refuses these messages: {error}", "messages") from error
+        return text
 
 
 def prompt_field(request: GenerateRequest) -> str:
@@ -68,37 +132,46 @@ def prompt_field(request: GenerateRequest) -> str:
 class TextStream:
     """Tokens in, text out as soon as it is certain.
 
-    The pieces, joined, are what the tokenizer makes of all tokens at once (special tokens left out, spaces as they
-    are), up to the first stop string. Held back: characters whose bytes have not all come, and what may begin a stop
-    string.
+    The pieces, joined, are what the tokenizer makes of all tokens at once (special tokens left out, unless `special`;
+    spaces as they are), up to the first stop string, or up to its end with `include_stop`. Held back: characters whose
+    bytes have not all come, and what may begin a stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-        self.stopped = False
-        self._tokenizer, self._stop = tokenizer, stop
+    def __init__(
+        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, include_stop: bool = False, special: bool = False
+    ) -> None:
+        self.stopped: str | None = None  # the stop string that was met
+        self.length = 0  # characters so far, held or given out
+        self._tokenizer, self._stop, self._include_stop, self._special = tokenizer, stop, include_stop, special
         self._window: list[int] = []  # the latest tokens
         self._taken = 0  # characters of the window's text that have been taken out
         self._whole = 0  # tokens of the window at the end of which no character was cut
         self._held = ""  # taken, but it may begin a stop string
 
-    def push(self, token: int) -> str:
-        """The text that is certain now that `token` has come; `stopped` is set where a stop string was met."""
+    def push(self, token: int, *, may_stop: bool = True) -> str:
+        """The text that is certain now that `token` has come; `stopped` is set where a stop string was met.
+
+        Text that comes while it may not stop is no part of a stop string.
+        """
         self._window.append(token)
         text = self._decode()
         certain = text.rstrip(CUT)
         new, self._taken = certain[self._taken :], max(self._taken, len(certain))
         if len(certain) == len(text):
             self._slide()
-        return self._release(new)
+        self.length += len(new)
+        return self._release(new, may_stop)
 
-    def end(self) -> str:
+    def end(self, *, may_stop: bool = True) -> str:
         """All that is left: nothing more will come."""
-        rest = self._release(self._decode()[self._taken :])
+        rest = self._release(self._decode()[self._taken :], may_stop)
         rest, self._held = rest + self._held, ""
         return rest
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(
+            self._window, skip_special_tokens=not self._special, clean_up_tokenization_spaces=False
+        )
 
     def _slide(self) -> None:
         """Drop old tokens from a window that has grown long, at a place between two characters."""
@@ -112,15 +185,17 @@ class TextStream:
                 self._window = full
         self._whole = len(self._window)
 
-    def _release(self, new: str) -> str:
+    def _release(self, new: str, may_stop: bool) -> str:
         """Add `new` to what is held, and give out what cannot be part of a stop string."""
         text = self._held + new
-        if self.stopped or not self._stop:
+        if self.stopped or not self._stop or not may_stop:
+            self._held = ""
             return "" if self.stopped else text
-        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        found = [(place, stop) for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
+            place, self.stopped = min(found)
+            self._held = ""
+            return text[: place + len(self.stopped) if self._include_stop else place]
         keep = next(n for n in range(min(len(text), max(map(len, self._stop)) - 1), -1, -1) if self._may_begin(text, n))
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

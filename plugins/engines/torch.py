@@ -8,6 +8,7 @@ next tokens (sampling.py).
 import asyncio
 import dataclasses
 import logging
+import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from plugins.engines.adapters import NONE
 from plugins.engines.batching import Batcher
 from plugins.engines.cache import SMALLEST, Cache
 from plugins.engines.runner import Runner
+from plugins.engines.sampling import Sampling, own_defaults
 from plugins.engines.scheduler import Scheduler
 from plugins.engines.sequence import Sequence
 from plugins.engines.text import Voice, prompt_field
@@ -33,6 +35,7 @@ from plugins.types import Delta, GenerateRequest, ModelSource, RequestError
 
 log = logging.getLogger(__name__)
 
+MOST_LOGPROBS = 20  # alternatives a token, as vLLM has it: each is looked up and sent
 LONGEST = 4096  # tokens of prompt and answer where the user sets no max_length: what a cache for a batch may cost
 
 
@@ -55,6 +58,7 @@ class TorchEngine:
         tokenizer, model = load(AutoTokenizer, source), _load_model(source, gpus)
         self._source = source
         self._eos: int | list[int] | None = model.generation_config.eos_token_id
+        self._defaults = own_defaults(model.generation_config)
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self._tokens = max(self._vocabulary, len(tokenizer))
         config = model.config.get_text_config()
@@ -142,16 +146,32 @@ class TorchEngine:
 
     def _sequence(self, request: GenerateRequest, adapter: _Adapter, loop: asyncio.AbstractEventLoop) -> Sequence:
         """`request` as what the batcher takes. Raises RequestError."""
-        _check_numbers(request)
+        _check_numbers(request, self._vocabulary)
         prompt = adapter.voice.read(request, self._vocabulary)
         room = self._max_length - len(prompt)
         size = f"{len(prompt)} tokens of prompt, and this model takes {self._max_length} of prompt and answer together"
-        if room < 1:
+        if room < (0 if request.max_tokens == 0 else 1):
             raise RequestError(f"{prompt_field(request)} is too long: {size}", prompt_field(request))
-        if request.max_tokens is not None and request.max_tokens > room:
-            raise RequestError(f"max_tokens = {request.max_tokens}: at most {room} ({size})", "max_tokens")
-        limit = request.max_tokens or room
-        return Sequence(request, prompt=prompt, limit=limit, adapter=adapter.key, voice=adapter.voice, loop=loop)
+        for field in ("max_tokens", "min_tokens"):
+            wanted: int | None = getattr(request, field)
+            if wanted is not None and wanted > room:
+                raise RequestError(f"{field} = {wanted}: at most {room} ({size})", field)
+        limit = request.max_tokens
+        if limit is None:
+            limit = min(room, max(self._defaults.get("max_tokens", room), request.min_tokens or 1))
+        min_tokens = request.min_tokens
+        if min_tokens is None:  # a grammar ends where it ends
+            min_tokens = 0 if request.constraint else min(self._defaults.get("min_tokens", 0), limit)
+        return Sequence(
+            request,
+            prompt=prompt,
+            sampling=Sampling.of(request, self._defaults),
+            limit=limit,
+            min_tokens=min_tokens,
+            adapter=adapter.key,
+            voice=adapter.voice,
+            loop=loop,
+        )
 
     def _open_run(self, run: Path) -> tuple[Path, Voice]:
         """Where the adapter of run directory `run` lies, and how it is spoken to. Raises UserError."""
@@ -197,14 +217,42 @@ def _kv_tokens(options: Torch, runner: Runner, longest: int) -> int:
     return tokens
 
 
-def _check_numbers(request: GenerateRequest) -> None:
+def _check_numbers(request: GenerateRequest, vocabulary: int) -> None:
+    """Raise RequestError for the first field whose value no answer can heed. `vocabulary`: the model's tokens."""
+
+    def within(field: str, low: float, high: float = sys.float_info.max) -> bool:
+        value = getattr(request, field)
+        return value is None or low <= value <= high
+
+    # A prompt may be read for its own sake.
+    least = 0 if request.echo or request.prompt_logprobs is not None else 1
+    most = min(MOST_LOGPROBS, vocabulary)
+    token = f"be tokens of this model (0 to {vocabulary - 1})"
     rules = (
-        ("temperature", request.temperature >= 0, "at least 0"),
-        ("top_p", 0 < request.top_p <= 1, "above 0 and at most 1"),
-        ("top_k", request.top_k >= 0, "at least 0 (0: all tokens)"),
-        ("max_tokens", request.max_tokens is None or request.max_tokens >= 1, "at least 1"),
-        ("stop", all(request.stop), "without empty strings"),
+        ("max_tokens", within("max_tokens", least), f"be at least {least}"),
+        ("min_tokens", within("min_tokens", 0), "be at least 0"),
+        ("stop", all(request.stop), "be without empty strings"),
+        ("stop_token_ids", all(0 <= found < vocabulary for found in request.stop_token_ids), token),
+        ("temperature", within("temperature", 0), "be at least 0"),
+        ("top_p", within("top_p", 0, 1) and request.top_p != 0, "be above 0 and at most 1"),
+        ("top_k", within("top_k", 0), "be at least 0 (0: all tokens)"),
+        ("min_p", within("min_p", 0, 1), "be from 0 to 1"),
+        ("repetition_penalty", within("repetition_penalty", 0) and request.repetition_penalty != 0, "be above 0"),
+        ("frequency_penalty", within("frequency_penalty", -2, 2), "be from -2 to 2"),
+        ("presence_penalty", within("presence_penalty", -2, 2), "be from -2 to 2"),
+        ("logit_bias", all(-100 <= bias <= 100 for bias in request.logit_bias.values()), "be from -100 to 100"),
+        ("logit_bias", all(0 <= found < vocabulary for found in request.logit_bias), token),
+        ("logprobs", within("logprobs", 0, most), f"be from 0 to {most}"),
+        ("prompt_logprobs", within("prompt_logprobs", 0, most), f"be from 0 to {most}"),
     )
     for field, holds, words in rules:
         if not holds:
-            raise RequestError(f"{field} = {getattr(request, field)!r}: must be {words}", field)
+            raise RequestError(f"{field} = {getattr(request, field)!r}: must {words}", field)
+    if request.max_tokens is not None and (request.min_tokens or 0) > request.max_tokens:
+        wrong = f"min_tokens = {request.min_tokens}: at most max_tokens, which is {request.max_tokens}"
+        raise RequestError(wrong, "min_tokens")
+    if request.constraint is not None:
+        # The answer ends where the grammar does, be that early or late.
+        for field, given in (("ignore_eos", request.ignore_eos), ("min_tokens", request.min_tokens)):
+            if given:
+                raise RequestError(f"{field} cannot be combined with {request.constraint.field}", field)
