@@ -85,6 +85,7 @@ def running(
 
     What it says is in `files`/log. Exits with the end of that where it does not start.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # who ends the bench so ends the server too
     adopt_orphans()
     port, log = free_port(), files / "log"
     with log.open("w") as output:
@@ -121,7 +122,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> 
         ended = process.poll() is not None
         if ended or time.monotonic() > deadline:
             why = f"ended with exit code {process.returncode}" if ended else f"did not answer within {READY_S:.0f} s"
-            sys.exit(f"{log.read_text()[-4000:]}\nbench: {' '.join(map(str, process.args))} {why}")
+            sys.exit(f"{log.read_text()[-4000:]}\nbench: the server {why}")
         time.sleep(0.2)
 
 
