@@ -147,7 +147,7 @@ def test_an_answer_grows_to_the_length_of_the_model(base: Path) -> None:
 def test_a_long_prompt_is_read_in_pieces_and_others_go_on(
     base: Path, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler, "CHUNK", 16)
+    monkeypatch.setattr(scheduler.Scheduler, "_chunk", lambda self, decoding: 16)
     long = " ".join(PROMPTS)
     texts = run(engine, *(lambda p=prompt: answer(engine, p) for prompt in (long, *PROMPTS[:4])))
     assert [delta.text for delta in texts] == [generated(base, prompt) for prompt in (long, *PROMPTS[:4])]
@@ -186,7 +186,9 @@ def architecture(name: str) -> Any:
     ],
 )
 def test_other_architectures(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "CHUNK", 12)  # the longest of the prompts comes in several pieces
+    monkeypatch.setattr(
+        scheduler.Scheduler, "_chunk", lambda self, decoding: 12
+    )  # the longest of the prompts comes in several pieces
     model = small_models.save_model(tmp_path / "model", architecture(name))
     engine = start(model)
     try:
@@ -213,7 +215,8 @@ def test_text_comes_as_it_is_made(engine: TorchEngine) -> None:
     deltas = asyncio.run(main())
     counts = [delta.completion_tokens for delta in deltas]
     assert counts == sorted(counts)
-    assert len(deltas) > 10
+    assert len(deltas) > 2
+    assert counts[0] < 20
     assert counts[0] < 10
     assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
     assert {delta.prompt_tokens for delta in deltas} == {

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as Several
 from concurrent.futures import Future
@@ -24,18 +23,32 @@ class Batcher:
     step.
     """
 
-    def __init__(self, runner: Runner, scheduler: Scheduler[Sequence]) -> None:
+    def __init__(self, make: Callable[[], tuple[Runner, Scheduler[Sequence]]]) -> None:
+        """`make` is called in the worker thread, and what it raises is raised here.
+
+        Whatever computes does so in that one thread: OpenMP has a team of threads for each that does, and as soon as they
+        are more than there are cores, all of them go to sleep between two operators.
+        """
         # Between the threads, under the lock of `_mail`.
         self._mail = threading.Condition()
         self._arrived: list[Sequence] = []
         self._jobs: list[tuple[Callable[[], None], Future[None]]] = []
         self._closing = False
         self._failure: BaseException | None = None
+        self._running = 0  # sequences of the latest step; written by the worker thread alone
         # The worker thread's own.
-        self._runner, self._scheduler = runner, scheduler
         self._retired: set[str] = set()
-        self._thread = threading.Thread(target=self._work, name="torch-engine", daemon=True)
+        made: Future[tuple[Runner, Scheduler[Sequence]]] = Future()
+        self._thread = threading.Thread(target=self._work, args=(make, made), name="torch-engine", daemon=True)
         self._thread.start()
+        self._runner, self._scheduler = made.result()
+
+    @property
+    def pause(self) -> float:
+        """Seconds between two messages to one consumer. Each costs the platform about a millisecond of a core, which is
+        taken from those who compute; nobody reads faster.
+        """
+        return min(0.1, max(0.02, 0.004 * self._running))
 
     def submit(self, sequence: Sequence) -> None:
         with self._mail:
@@ -73,7 +86,18 @@ class Batcher:
 
     # In the worker thread
 
-    def _work(self) -> None:
+    def _work(
+        self,
+        make: Callable[[], tuple[Runner, Scheduler[Sequence]]],
+        made: Future[tuple[Runner, Scheduler[Sequence]]],
+    ) -> None:
+        try:
+            self._runner, self._scheduler = make()
+        except BaseException as error:  # noqa: BLE001 - it goes to the constructor, which waits for it
+            made.set_exception(error)
+            return
+        made.set_result((self._runner, self._scheduler))
+        del make, made
         try:
             while self._receive():
                 self._step()
@@ -127,9 +151,9 @@ class Batcher:
     def _step(self) -> None:
         """Compute what the scheduler plans, and give everyone the token that is next."""
         pieces = self._scheduler.plan()
+        self._running = len(pieces)
         if not pieces:
             return
-        began = time.perf_counter()
         try:
             logits, rows = self._runner.run(pieces)
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -139,9 +163,6 @@ class Batcher:
             return
         self._scheduler.computed(pieces)
         self._deliver(logits, rows)
-        decoding = sum(piece.count == 1 for piece in pieces)
-        reading = sum(piece.count for piece in pieces) - decoding
-        self._scheduler.pace.observe(decoding=decoding, reading=reading, seconds=time.perf_counter() - began)
 
     def _deliver(self, logits: torch.Tensor, rows: Several[tuple[Piece[Sequence], slice]]) -> None:
         """Choose the next tokens from `logits`, of which each piece has its rows; send the text."""

@@ -25,7 +25,7 @@ from plugins.engines.batching import Batcher
 from plugins.engines.cache import SMALLEST, Cache
 from plugins.engines.runner import Runner
 from plugins.engines.sampling import Sampling, own_defaults
-from plugins.engines.scheduler import Scheduler
+from plugins.engines.scheduler import BALANCE, Scheduler
 from plugins.engines.sequence import Sequence
 from plugins.engines.text import Voice, prompt_field
 from plugins.model_files import check_model_files, has_tokenizer
@@ -53,30 +53,35 @@ class TorchEngine:
     """
 
     def __init__(self, source: ModelSource, options: Torch, *, cpus: float, gpus: float = 0) -> None:
-        hardware.use_cpus(cpus)
         check_model_files(source, "source.path")
-        tokenizer, model = load(AutoTokenizer, source), _load_model(source, gpus)
         self._source = source
-        self._eos: int | list[int] | None = model.generation_config.eos_token_id
-        self._defaults = own_defaults(model.generation_config)
-        self._vocabulary: int = model.get_input_embeddings().num_embeddings
-        self._tokens = max(self._vocabulary, len(tokenizer))
-        config = model.config.get_text_config()
-        runner = Runner(model, weights=options.weights)
-        wanted = _length(config, options.max_length)
-        runner.check_length(config, wanted)
-        cache = Cache(runner.tables, budget=_kv_tokens(options, runner, wanted), longest=wanted)
-        self._max_length = cache.longest
-        if self._max_length < wanted:
-            log.info("prompts and answers may have %d tokens together: more do not fit into kv_memory", cache.longest)
-        self._base = _Adapter(NONE, Voice.of(tokenizer, self._eos))
+        self._batcher = Batcher(lambda: self._open(options, cpus, gpus))
         self._adapters: dict[str, _Adapter] = {}  # by name; those in memory, the least recently used first
         self._runs: dict[str, Path] = {}  # of every adapter that may be asked for
         self._max_adapters = options.max_adapters
         self._loaded = 0  # adapters, ever
         self._loading = asyncio.Lock()
         self._reader = ThreadPoolExecutor(1, "torch-engine-reader")
-        self._batcher = Batcher(runner, Scheduler(cache, options.max_batch))
+
+    def _open(self, options: Torch, cpus: float, gpus: float) -> tuple[Runner, Scheduler[Sequence]]:
+        """Load the model; what requests are checked against is known then."""
+        hardware.use_cpus(cpus)
+        tokenizer, model = load(AutoTokenizer, self._source), _load_model(self._source, gpus)
+        self._eos: int | list[int] | None = model.generation_config.eos_token_id
+        self._defaults = own_defaults(model.generation_config)
+        self._vocabulary: int = model.get_input_embeddings().num_embeddings
+        self._tokens = max(self._vocabulary, len(tokenizer))
+        self._base = _Adapter(NONE, Voice.of(tokenizer, self._eos))
+        config = model.config.get_text_config()
+        wanted = _length(config, options.max_length)
+        runner = Runner(model, weights=options.weights)
+        runner.check_length(config, wanted)
+        cache = Cache(runner.tables, budget=_kv_tokens(options, runner, wanted), longest=wanted)
+        self._max_length = cache.longest
+        if self._max_length < wanted:
+            log.info("prompts and answers may have %d tokens together: more do not fit into kv_memory", cache.longest)
+        balance = BALANCE if runner.device.type == "cpu" else 10 * BALANCE
+        return runner, Scheduler(cache, options.max_batch, balance)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         self.check()
@@ -90,7 +95,7 @@ class TorchEngine:
         try:
             finished = False
             while not finished:
-                delta = await sequence.mailbox.take()
+                delta = await sequence.mailbox.take(self._batcher.pause)
                 finished = delta.finish_reason is not None
                 yield delta
         finally:
