@@ -3,10 +3,13 @@
 import ctypes
 import os
 import platform
+from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 
+CGROUP = Path("/sys/fs/cgroup")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h of glibc
 
 
@@ -30,6 +33,17 @@ def has_bf16(on: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Without these instructions oneDNN emulates bf16, which is slower than fp32.
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def free_memory(on: torch.device) -> int:
+    """Bytes that could be allocated on `on` now."""
+    if on.type == "cuda":
+        return int(torch.cuda.mem_get_info(on)[0])
+    available: int = psutil.virtual_memory().available
+    limit, used = (CGROUP / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and limit.read_text().strip() != "max":  # a container may have less than its machine
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
 
 
 def use_cpus(cpus: float) -> None:

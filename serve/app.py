@@ -17,7 +17,7 @@ from plugins.runs import Run, find_runs, read_run, same_base
 from plugins.spec import UserError
 from serve.config import ServeConfig, ServedModel
 from serve.ingress import Ingress
-from serve.model import ModelDeployment
+from serve.model import EmbeddingDeployment, ModelDeployment
 
 log = logging.getLogger(__name__)
 Runs = Mapping[str, str]  # adapter name -> run directory, absolute
@@ -67,7 +67,7 @@ def build(config: ServeConfig, runs: Mapping[str, Runs]) -> serve.Application:
         max_ongoing_requests=1000,
         max_queued_requests=2000,
     )(serve.ingress()(Ingress))
-    served = {model.id: list(runs[model.id]) for model in config.models}
+    served = {model.id: list(runs[model.id]) for model in config.models if not model.makes_embeddings}
     return ingress.bind(served, {model.id: _deployment(model, runs[model.id]) for model in config.models})
 
 
@@ -86,10 +86,13 @@ def _deployment(model: ServedModel, runs: Runs) -> serve.Application:
         max_ongoing_requests=128,
         max_queued_requests=512,
         max_constructor_retry_count=2,
-    )(ModelDeployment)
+    )
     here = Path(model.source.path).expanduser().absolute()
     source = replace(model.source, path=str(here)) if model.source.is_local else model.source
-    return deployment.bind(replace(model, source=source), dict(runs))
+    model = replace(model, source=source)
+    if model.makes_embeddings:
+        return deployment(EmbeddingDeployment).bind(model)
+    return deployment(ModelDeployment).bind(model, dict(runs))
 
 
 def find_adapters(config: ServeConfig, root: Path) -> dict[str, dict[str, str]]:

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any
 
-from plugins.engines import EngineSpec, Torch
+from plugins.engines import EmbedderSpec, EngineSpec, Torch
 from plugins.spec import NOT_EMPTY, UserError, above, at_least, between, spec
 from plugins.types import ModelSource
 
@@ -24,6 +24,7 @@ class Replicas:
 class ServedModel:
     """A base model, known to clients as `id`, and the finetuned runs beside it, known as `id:run`.
 
+    `engine`: what computes it; Embedder() for a model that makes embeddings instead of text.
     `adapters`: run directories such as "outputs/demo_lora"; a pattern such as "outputs/*" takes every finished LoRA run
     that was made from this base. `cpus` and `gpus` are of one replica. `runtime_env`: Ray's, for an engine that lives in
     an environment of its own.
@@ -31,7 +32,7 @@ class ServedModel:
 
     id: str
     source: ModelSource
-    engine: EngineSpec = Torch()
+    engine: EngineSpec | EmbedderSpec = Torch()
     adapters: tuple[str, ...] = ()
     replicas: Replicas = Replicas()
     cpus: Annotated[float, above(0)] = 1.0
@@ -44,6 +45,12 @@ class ServedModel:
             raise UserError(
                 f"ServedModel.id = {self.id!r}: letters, digits, '.', '_', '-' and '/' only, not beginning with a sign"
             )
+        if self.makes_embeddings and self.adapters:
+            raise UserError(f"ServedModel.adapters = {self.adapters!r}: a model that makes embeddings takes none")
+
+    @property
+    def makes_embeddings(self) -> bool:
+        return isinstance(self.engine, EmbedderSpec)
 
 
 @spec

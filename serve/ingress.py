@@ -3,30 +3,34 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.exceptions import HTTPException
 
+from plugins.engines import Embeddings
 from plugins.types import Delta, GenerateRequest, RequestError
-from serve.protocols import openai
+from serve.protocols import embeddings, openai
 from serve.routing import UnknownModelError, find_route, model_routes
 
 Generate = Callable[[GenerateRequest], AsyncIterator[Delta]]
+Embed = Callable[[embeddings.Texts, int | None], Awaitable[Embeddings]]
 
 
 class Ingress:
     """The deployment: it turns handles into callables and lets Serve run the app below with them."""
 
     def __init__(self, served: Mapping[str, Sequence[str]], handles: Mapping[str, DeploymentHandle[Any]]) -> None:
-        """`served`: base id -> the names of its runs. `handles`: base id -> its deployment."""
-        self.api = api(served, {base: _generate(handle.options(stream=True)) for base, handle in handles.items()})
+        """`served`: base id -> the names of its runs. `handles`: base id -> its deployment; those not served embed."""
+        models = {base: _generate(handles[base].options(stream=True)) for base in served}
+        embedders = {base: _embed(handle) for base, handle in handles.items() if base not in served}
+        self.api = api(served, models, embedders)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self.api
@@ -47,10 +51,20 @@ def _generate(handle: DeploymentHandle[Any]) -> Generate:
     return generate
 
 
-def api(served: Mapping[str, Sequence[str]], models: Mapping[str, Generate]) -> FastAPI:
-    """The HTTP endpoints over `models`, base id -> what generates. It needs no Ray."""
+def _embed(handle: DeploymentHandle[Any]) -> Embed:
+    async def embed(texts: embeddings.Texts, dimensions: int | None) -> Embeddings:
+        return cast(Embeddings, await handle.embed.remote(texts, dimensions))
+
+    return embed
+
+
+def api(
+    served: Mapping[str, Sequence[str]], models: Mapping[str, Generate], embedders: Mapping[str, Embed] | None = None
+) -> FastAPI:
+    """The HTTP endpoints over `models`, base id -> what generates, and `embedders`, id -> what embeds. It needs no Ray."""
     app = FastAPI(title="Manta", docs_url="/docs", redoc_url=None)
-    routes = model_routes(served)
+    embedders = embedders or {}
+    routes = model_routes(served, embedders)
     created = int(time.time())
 
     @app.get("/health")
@@ -75,8 +89,16 @@ def api(served: Mapping[str, Sequence[str]], models: Mapping[str, Generate]) -> 
     async def completions(body: openai.CompletionBody) -> JSONResponse | StreamingResponse:
         return await respond(body)
 
+    @app.post("/v1/embeddings", response_model=None)
+    async def embed(body: embeddings.EmbeddingBody) -> Response:
+        route = find_route(body.model, routes, "embeddings")
+        texts = body.texts()
+        made = await embedders[route.base](texts, body.dimensions)
+        # In a thread: a million numbers as JSON would hold up everyone else's stream.
+        return Response(await asyncio.to_thread(embeddings.answer, body, made), media_type="application/json")
+
     async def respond(body: openai.ChatBody | openai.CompletionBody) -> JSONResponse | StreamingResponse:
-        route = find_route(body.model, routes)
+        route = find_route(body.model, routes, "text")
         body.refuse_unsupported()
         choices = [models[route.base](request) for request in body.generate_requests(route.adapter)]
         answer = body.answer()

@@ -1,15 +1,22 @@
-"""Engines: what turns a GenerateRequest into Deltas.
+"""Engines: what turns a GenerateRequest into Deltas, and what turns texts into embeddings.
 
 An engine spec is light and picklable: it travels in a config to the replica, and imports its library there, in `start`.
-To add an engine, write a spec with `start` and an object with the verbs of Engine; pass the spec in a ServedModel.
+To add an engine, write a spec with `start` and an object with the verbs of Engine; pass the spec in a ServedModel. For
+embeddings it is a spec with `start_embedder`, and an EmbeddingEngine.
 """
 
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, runtime_checkable
 
-from plugins.spec import at_least, spec
+from plugins.spec import UserError, at_least, spec
 from plugins.types import Delta, GenerateRequest, ModelSource
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Engine(Protocol):
@@ -46,16 +53,84 @@ class EngineSpec(Protocol):
 
 @spec
 class Torch:
-    """transformers' own forward with a KV cache and continuous batching, on CPU or GPU.
+    """transformers' models with a KV cache, continuous batching and adapters of our own, on CPU or GPU.
 
-    `max_batch`: sequences decoded together; more wait. `max_length`: tokens of prompt and answer together; None is what
-    the model was made for, at most 4096.
+    `max_batch`: sequences computed together; more wait. `max_length`: tokens of prompt and answer together; None is what
+    the model was made for, at most 4096. `kv_memory`: what keys and values may take, as a share of the memory that is free
+    once the model is loaded ("25%") or a size ("2GiB", "512MiB"). `weights`: "int8" halves what a bf16 model reads at each
+    step, and changes its answers a little. `max_adapters`: adapters in memory; the others are read again when asked for.
     """
 
-    max_batch: Annotated[int, at_least(1)] = 16
+    max_batch: Annotated[int, at_least(1)] = 64
     max_length: Annotated[int | None, at_least(1)] = None
+    kv_memory: str = "25%"
+    weights: Literal["same", "int8"] = "same"
+    max_adapters: Annotated[int, at_least(1)] = 16
+
+    def __post_init__(self) -> None:
+        memory_size(self.kv_memory, free=1, field="Torch.kv_memory")
 
     def start(self, source: ModelSource, cpus: float, gpus: float = 0) -> Engine:
         from plugins.engines.torch import TorchEngine
 
-        return TorchEngine(source, max_batch=self.max_batch, max_length=self.max_length, cpus=cpus, gpus=gpus)
+        return TorchEngine(source, self, cpus=cpus, gpus=gpus)
+
+
+def memory_size(written: str, *, free: int, field: str) -> int:
+    """Bytes of "25%" (of `free`), "2GiB" or "512MiB". Raises UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|GiB|MiB)", written)
+    if not match or float(match[1]) == 0 or (match[2] == "%" and float(match[1]) > 100):
+        raise UserError(f'{field} = {written!r}: a share of the free memory such as "25%", or a size such as "2GiB"')
+    return int(float(match[1]) * {"%": free / 100, "GiB": 2**30, "MiB": 2**20}[match[2]])
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """`vectors` [texts, dimensions], in the order of the texts; `tokens` of all texts together, special ones included."""
+
+    vectors: "NDArray[np.float32]"
+    tokens: int
+
+
+class EmbeddingEngine(Protocol):
+    """A loaded encoder that serves many requests at once. All of it is called from one event loop, which it never blocks."""
+
+    async def embed(self, texts: Sequence[str | Sequence[int]], dimensions: int | None = None) -> Embeddings:
+        """A vector for each text, or list of token ids; with `dimensions`, their first so many, at length 1 again.
+
+        Raises RequestError for a request that it cannot serve. What a text's vector is does not depend on other texts.
+        """
+        ...
+
+    def check(self) -> None:
+        """Raise RuntimeError when the engine can no longer serve; its replica is then replaced."""
+        ...
+
+    async def close(self) -> None:
+        """End what runs and free the model."""
+        ...
+
+
+@runtime_checkable
+class EmbedderSpec(Protocol):
+    def start_embedder(self, source: ModelSource, cpus: float, gpus: float) -> EmbeddingEngine:
+        """Load `source` (blocking) on what the replica was given. Raises UserError for what is not an encoder."""
+        ...
+
+
+@spec
+class Embedder:
+    """Embeddings from an encoder in sentence-transformers' format, by transformers alone, on CPU or GPU.
+
+    The pooling, dense layers and normalisation are the model's; a plain encoder's tokens are averaged and normalised.
+    `max_batch`: texts computed together. `max_length`: tokens of a text, longer ones are refused; None is the model's
+    own limit (max_seq_length).
+    """
+
+    max_batch: Annotated[int, at_least(1)] = 32
+    max_length: Annotated[int | None, at_least(1)] = None
+
+    def start_embedder(self, source: ModelSource, cpus: float, gpus: float = 0) -> EmbeddingEngine:
+        from plugins.engines.embeddings import EncoderEngine
+
+        return EncoderEngine(source, max_batch=self.max_batch, max_length=self.max_length, cpus=cpus, gpus=gpus)

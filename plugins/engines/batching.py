@@ -1,17 +1,17 @@
-"""One thread that decodes: sequences come in from the event loop, are read, step together, and their text goes back."""
+"""One thread that computes: sequences come in from the event loop, step together, and their text goes back."""
 
-import asyncio
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Several
 from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 
-from plugins.engines.decoding import Decoder, Prompts
+from plugins.engines.runner import Runner
 from plugins.engines.sampling import choose
+from plugins.engines.scheduler import Piece, Running, Scheduler
 from plugins.engines.sequence import Mailbox, Sequence
 from plugins.types import Delta
 
@@ -19,22 +19,36 @@ logger = logging.getLogger(__name__)
 
 
 class Batcher:
-    """The worker thread and its decoder. Everything public is called from other threads, and never waits for a step."""
+    """The worker thread with its model and scheduler. Everything public is called from other threads, and never waits for a
+    step.
+    """
 
-    def __init__(self, decoder: Decoder[Sequence], max_batch: int) -> None:
+    def __init__(self, make: Callable[[], tuple[Runner, Scheduler[Sequence]]]) -> None:
+        """`make` is called in the worker thread, and what it raises is raised here.
+
+        Whatever computes does so in that one thread: OpenMP has a team of threads for each that does, and as soon as they
+        are more than there are cores, all of them go to sleep between two operators.
+        """
         # Between the threads, under the lock of `_mail`.
         self._mail = threading.Condition()
         self._arrived: list[Sequence] = []
         self._jobs: list[tuple[Callable[[], None], Future[None]]] = []
         self._closing = False
         self._failure: BaseException | None = None
+        self._running = 0  # sequences of the latest step; written by the worker thread alone
         # The worker thread's own.
-        self._decoder, self._max_batch = decoder, max_batch
-        self._waiting: deque[Sequence] = deque()
-        self._prompts: Prompts[Sequence] | None = None
         self._retired: set[str] = set()
-        self._thread = threading.Thread(target=self._work, name="torch-engine", daemon=True)
+        made: Future[tuple[Runner, Scheduler[Sequence]]] = Future()
+        self._thread = threading.Thread(target=self._work, args=(make, made), name="torch-engine", daemon=True)
         self._thread.start()
+        self._runner, self._scheduler = made.result()
+
+    @property
+    def pause(self) -> float:
+        """Seconds between two messages to one consumer. Each costs the platform about a millisecond of a core, which is
+        taken from those who compute; nobody reads faster.
+        """
+        return min(0.1, max(0.02, 0.004 * self._running))
 
     def submit(self, sequence: Sequence) -> None:
         with self._mail:
@@ -43,7 +57,7 @@ class Batcher:
             self._mail.notify()
 
     def load_adapter(self, key: str, directory: Path) -> Future[None]:
-        return self._between_steps(lambda: self._decoder.adapters.load(key, directory))
+        return self._between_steps(lambda: self._runner.adapters.load(key, directory))
 
     def retire_adapter(self, key: str) -> Future[None]:
         """Remove an adapter as soon as no sequence that has been submitted uses it."""
@@ -72,11 +86,21 @@ class Batcher:
 
     # In the worker thread
 
-    def _work(self) -> None:
+    def _work(
+        self,
+        make: Callable[[], tuple[Runner, Scheduler[Sequence]]],
+        made: Future[tuple[Runner, Scheduler[Sequence]]],
+    ) -> None:
+        try:
+            self._runner, self._scheduler = make()
+        except BaseException as error:  # noqa: BLE001 - it goes to the constructor, which waits for it
+            made.set_exception(error)
+            return
+        made.set_result((self._runner, self._scheduler))
+        del make, made
         try:
             while self._receive():
-                self._read_prompts()
-                self._decode()
+                self._step()
             self._end(RuntimeError("it was closed"))
         except BaseException as error:
             # Nothing is swallowed: every consumer gets it, and so does check().
@@ -92,21 +116,19 @@ class Batcher:
         for _, done in jobs:
             if done.set_running_or_notify_cancel():
                 done.set_exception(_stopped(cause))
-        _post([(sequence, _stopped(cause)) for sequence in [*self._under_way(), *arrived]])
-        self._waiting.clear()
-        self._prompts = None
-        del self._decoder
+        _post([(sequence, _stopped(cause)) for sequence in [*self._scheduler.sequences(), *arrived]])
+        del self._runner, self._scheduler
 
     def _receive(self) -> bool:
         """Take in what has come, waiting for it where there is nothing else to do. False: the engine closes."""
         with self._mail:
-            while not (self._closing or self._arrived or self._jobs or self._under_way()):
+            while not (self._closing or self._arrived or self._jobs or self._scheduler.is_busy):
                 self._mail.wait()
             if self._closing:
                 return False
             arrived, self._arrived = self._arrived, []
             jobs, self._jobs = self._jobs, []
-        self._waiting.extend(arrived)
+        self._scheduler.waiting.extend(arrived)
         for job, done in jobs:
             if done.set_running_or_notify_cancel():
                 try:
@@ -115,56 +137,60 @@ class Batcher:
                     done.set_exception(error)
                 else:
                     done.set_result(None)
-        self._drop_abandoned()
-        self._drop_retired()
+        if self._retired:
+            self._drop_retired()
         return True
 
-    def _under_way(self) -> list[Sequence]:
-        return [*self._decoder.rows, *(self._prompts.rows if self._prompts else ()), *self._waiting]
-
-    def _drop_abandoned(self) -> None:
-        if any(sequence.abandoned for sequence in self._waiting):
-            self._waiting = deque(sequence for sequence in self._waiting if not sequence.abandoned)
-        if self._prompts and all(sequence.abandoned for sequence in self._prompts.rows):
-            self._prompts = None
-        for row in reversed(range(len(self._decoder.rows))):
-            if self._decoder.rows[row].abandoned:
-                self._decoder.leave(row)
-
     def _drop_retired(self) -> None:
-        unused = self._retired - {sequence.adapter for sequence in self._under_way()} if self._retired else set()
+        unused = self._retired - {sequence.adapter for sequence in self._scheduler.sequences()}
         for key in unused:
-            self._decoder.adapters.remove(key)
+            self._runner.adapters.remove(key)
+            self._scheduler.cache.forget(key)
         self._retired -= unused
 
-    def _read_prompts(self) -> None:
-        """Read one piece of the prompts that wait; the batch has its turn between two pieces."""
-        room = self._max_batch - len(self._decoder.rows)
-        if self._prompts is None and self._waiting and room:
-            count = Prompts.fitting([len(sequence.prompt) for sequence in self._waiting], room)
-            self._prompts = Prompts([self._waiting.popleft() for _ in range(count)])
-        if self._prompts is not None:
-            logits = self._decoder.read(self._prompts)
-            if logits is not None:
-                sequences, self._prompts = self._prompts.rows, None
-                self._deliver(sequences, logits)
+    def _step(self) -> None:
+        """Compute what the scheduler plans, and give everyone the token that is next."""
+        pieces = self._scheduler.plan()
+        self._running = len(pieces)
+        if not pieces:
+            return
+        try:
+            logits, rows = self._runner.run(pieces)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._fail(self._scheduler.running[-1], error)  # the last to come; the others go on
+            return
+        self._scheduler.computed(pieces)
+        self._deliver(logits, rows)
 
-    def _decode(self) -> None:
-        """One more token for every sequence in the batch."""
-        if self._decoder.rows:
-            logits = self._decoder.step()
-            self._deliver(list(self._decoder.rows), logits)
-
-    def _deliver(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        """Choose the next tokens of `sequences`, the batch's last rows, from `logits` [sequences, vocab]; send the text."""
-        choices = choose(logits, [sequence.sampler for sequence in sequences])
-        news = [(sequence, sequence.accept(choice)) for sequence, choice in zip(sequences, choices, strict=True)]
-        first = len(self._decoder.rows) - len(sequences)
-        # From the end, since the last row moves into the place of one that leaves.
-        for row, (_, delta) in reversed(list(enumerate(news, first))):
+    def _deliver(self, logits: torch.Tensor, rows: Several[tuple[Piece[Sequence], slice]]) -> None:
+        """Choose the next tokens from `logits`, of which each piece has its rows; send the text."""
+        for piece, part in rows:
+            start = piece.running.place.length - piece.count
+            if piece.running.sequence.scores_prompt and start < len(piece.running.sequence.prompt):
+                piece.running.sequence.score_prompt(start, logits[part])
+        ended = [(piece, part) for piece, part in rows if piece.running.left == 0]
+        last = logits if len(ended) == len(logits) else logits[[part.stop - 1 for _, part in ended]]
+        choices = choose(last, [piece.running.sequence.sampler for piece, _ in ended]) if ended else []
+        news = []
+        for (piece, _), choice in zip(ended, choices, strict=True):
+            delta = piece.running.sequence.accept(choice)
             if delta.finish_reason is not None:
-                self._decoder.leave(row)
-        _post([(sequence, delta) for sequence, delta in news if delta.text or delta.finish_reason])
+                self._scheduler.finish(piece.running)
+            if delta.text or delta.finish_reason:
+                news.append((piece.running.sequence, delta))
+        _post(news)
+
+    def _fail(self, running: Running[Sequence], error: Exception) -> None:
+        logger.warning("a request fails: %s", error)
+        self._scheduler.drop(running)
+        _post([(running.sequence, RuntimeError(f"there is not enough memory for this request: {error}"))])
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _post(letters: list[tuple[Sequence, Delta]] | list[tuple[Sequence, RuntimeError]]) -> None:

@@ -1,6 +1,7 @@
 """One request under way: its tokens so far, how the next is chosen, what text there is, and who waits for it."""
 
 import asyncio
+import math
 from contextlib import suppress
 
 import torch
@@ -135,18 +136,30 @@ class Mailbox:
         self.loop = loop
         self._deltas: list[Delta] = []
         self._error: Exception | None = None
-        self._filled = asyncio.Event()
+        self._filled, self._ended = asyncio.Event(), asyncio.Event()
+        self._taken = -math.inf  # when something was, on the loop's clock
 
     def put(self, news: Delta | Exception) -> None:
         if isinstance(news, Delta):
             self._deltas.append(news)
         else:
             self._error = news
+        if self._error is not None or self._deltas[-1].finish_reason is not None:
+            self._ended.set()
         self._filled.set()
 
-    async def take(self) -> Delta:
-        """All that has come since the last time, as one Delta: a slow consumer gets longer pieces, never a backlog."""
+    async def take(self, pause: float = 0.0) -> Delta:
+        """All that has come since the last time, as one Delta: a slow consumer gets longer pieces, never a backlog.
+
+        The first comes at once, the others `pause` seconds apart, but that the end never waits.
+        """
         await self._filled.wait()
+        left = self._taken + pause - self.loop.time()
+        if left > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._ended.wait()
+        self._taken = self.loop.time()
         self._filled.clear()
         if self._error is not None:
             raise self._error

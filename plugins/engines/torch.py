@@ -1,11 +1,13 @@
 """The torch engine: transformers' forward, a KV cache of our own, continuous batching, adapters beside the base.
 
-A request is read into tokens here (text.py), waits for its turn and is decoded with the others in one thread
-(batching.py), by a model that takes rows in and out at any step (decoding.py, kv_cache.py, adapters.py, sampling.py).
+A request is read into tokens here (text.py), and becomes a sequence (sequence.py). One thread (batching.py) computes what
+the scheduler plans (scheduler.py, cache.py) with the model (runner.py, lean.py, layers.py, adapters.py), and chooses the
+next tokens (sampling.py).
 """
 
 import asyncio
 import dataclasses
+import logging
 import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +19,13 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plugins import hardware
+from plugins.engines import Torch, memory_size
 from plugins.engines.adapters import NONE
 from plugins.engines.batching import Batcher
-from plugins.engines.decoding import Decoder
+from plugins.engines.cache import SMALLEST, Cache
+from plugins.engines.runner import Runner
 from plugins.engines.sampling import Sampling, own_defaults
+from plugins.engines.scheduler import BALANCE, Scheduler
 from plugins.engines.sequence import Sequence
 from plugins.engines.text import Voice, prompt_field
 from plugins.model_files import check_model_files, has_tokenizer
@@ -28,13 +33,15 @@ from plugins.pretrained import load
 from plugins.spec import UserError, choices
 from plugins.types import Delta, GenerateRequest, ModelSource, RequestError
 
+log = logging.getLogger(__name__)
+
 MOST_LOGPROBS = 20  # alternatives a token, as vLLM has it: each is looked up and sent
 LONGEST = 4096  # tokens of prompt and answer where the user sets no max_length: what a cache for a batch may cost
 
 
 @dataclass(frozen=True)
 class _Adapter:
-    key: str  # the decoder's name for it
+    key: str  # the runner's name for it
     voice: Voice
 
 
@@ -45,39 +52,50 @@ class TorchEngine:
     string that the text leaves out, as vLLM's does.
     """
 
-    def __init__(
-        self, source: ModelSource, *, max_batch: int, max_length: int | None, cpus: float, gpus: float = 0
-    ) -> None:
-        hardware.use_cpus(cpus)
+    def __init__(self, source: ModelSource, options: Torch, *, cpus: float, gpus: float = 0) -> None:
         check_model_files(source, "source.path")
-        tokenizer, model = load(AutoTokenizer, source), _load_model(source, gpus)
         self._source = source
+        self._batcher = Batcher(lambda: self._open(options, cpus, gpus))
+        self._adapters: dict[str, _Adapter] = {}  # by name; those in memory, the least recently used first
+        self._runs: dict[str, Path] = {}  # of every adapter that may be asked for
+        self._max_adapters = options.max_adapters
+        self._loaded = 0  # adapters, ever
+        self._loading = asyncio.Lock()
+        self._reader = ThreadPoolExecutor(1, "torch-engine-reader")
+
+    def _open(self, options: Torch, cpus: float, gpus: float) -> tuple[Runner, Scheduler[Sequence]]:
+        """Load the model; what requests are checked against is known then."""
+        hardware.use_cpus(cpus)
+        tokenizer, model = load(AutoTokenizer, self._source), _load_model(self._source, gpus)
         self._eos: int | list[int] | None = model.generation_config.eos_token_id
         self._defaults = own_defaults(model.generation_config)
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self._tokens = max(self._vocabulary, len(tokenizer))
-        self._max_length = _length(model.config.get_text_config(), max_length)
         self._base = _Adapter(NONE, Voice.of(tokenizer, self._eos))
-        self._adapters: dict[str, _Adapter] = {}
-        self._loaded = 0  # adapters, ever
-        self._reader = ThreadPoolExecutor(1, "torch-engine-reader")
-        decoder: Decoder[Sequence] = Decoder(model, max_rows=max_batch, max_length=self._max_length)
-        decoder.prove()
-        self._batcher = Batcher(decoder, max_batch)
+        config = model.config.get_text_config()
+        wanted = _length(config, options.max_length)
+        runner = Runner(model, weights=options.weights)
+        runner.check_length(config, wanted)
+        cache = Cache(runner.tables, budget=_kv_tokens(options, runner, wanted), longest=wanted)
+        self._max_length = cache.longest
+        if self._max_length < wanted:
+            log.info("prompts and answers may have %d tokens together: more do not fit into kv_memory", cache.longest)
+        balance = BALANCE if runner.device.type == "cpu" else 10 * BALANCE
+        return runner, Scheduler(cache, options.max_batch, balance)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         self.check()
-        adapter = self._adapter(request.adapter)
+        adapter = await self._adapter(request.adapter)
         # In a thread, because a long prompt takes a while to tokenise; in one, so that requests keep their order.
         loop = asyncio.get_running_loop()
         sequence = await loop.run_in_executor(self._reader, self._sequence, request, adapter, loop)
-        if self._adapter(request.adapter) is not adapter:
+        if request.adapter is not None and self._adapters.get(request.adapter) is not adapter:
             raise RequestError(f"adapter {request.adapter!r} was replaced just now: ask again", "model")
         self._batcher.submit(sequence)
         try:
             finished = False
             while not finished:
-                delta = await sequence.mailbox.take()
+                delta = await sequence.mailbox.take(self._batcher.pause)
                 finished = delta.finish_reason is not None
                 yield delta
         finally:
@@ -85,21 +103,30 @@ class TorchEngine:
 
     async def load_adapter(self, name: str, run: Path) -> None:
         """As in Engine. A name in use gets the new adapter: answers under way end with the one they began with."""
+        async with self._loading:
+            await self._load(name, run)
+
+    async def _load(self, name: str, run: Path) -> None:
         directory, voice = await asyncio.to_thread(self._open_run, run)
-        # A key of our own: PEFT takes no name with a dot, and the old and the new one of a name are there together.
+        # A key of our own: the old and the new one of a name are there together.
         self._loaded += 1
         adapter = _Adapter(f"adapter{self._loaded}", voice)
         await asyncio.wrap_future(self._batcher.load_adapter(adapter.key, directory))
-        replaced = self._adapters.get(name)
-        self._adapters[name] = adapter
+        replaced = self._adapters.pop(name, None)
+        self._adapters[name], self._runs[name] = adapter, run
+        if replaced is None and len(self._adapters) > self._max_adapters:
+            replaced = self._adapters.pop(next(iter(self._adapters)))
         if replaced is not None:
             await asyncio.wrap_future(self._batcher.retire_adapter(replaced.key))
 
     async def unload_adapter(self, name: str) -> None:
         """Refuse new requests for `name`; its weights go when its answers under way have ended."""
-        if name not in self._adapters:
-            raise UserError(f"there is no adapter {name!r}; {choices(name, self._adapters)}")
-        await asyncio.wrap_future(self._batcher.retire_adapter(self._adapters.pop(name).key))
+        async with self._loading:
+            if name not in self._runs:
+                raise UserError(f"there is no adapter {name!r}; {choices(name, self._runs)}")
+            del self._runs[name]
+            if adapter := self._adapters.pop(name, None):
+                await asyncio.wrap_future(self._batcher.retire_adapter(adapter.key))
 
     def check(self) -> None:
         self._batcher.check()
@@ -108,12 +135,19 @@ class TorchEngine:
         await asyncio.to_thread(self._batcher.close)
         self._reader.shutdown(wait=False)
 
-    def _adapter(self, name: str | None) -> _Adapter:
+    async def _adapter(self, name: str | None) -> _Adapter:
+        """In memory; raises RequestError for one that nobody has loaded."""
         if name is None:
             return self._base
         if name not in self._adapters:
-            raise RequestError(f"there is no adapter {name!r}; {choices(name, self._adapters)}", "model")
-        return self._adapters[name]
+            async with self._loading:
+                if name not in self._runs:
+                    raise RequestError(f"there is no adapter {name!r}; {choices(name, self._runs)}", "model")
+                if name not in self._adapters:
+                    await self._load(name, self._runs[name])
+        adapter = self._adapters.pop(name)
+        self._adapters[name] = adapter  # the most recently used is last
+        return adapter
 
     def _sequence(self, request: GenerateRequest, adapter: _Adapter, loop: asyncio.AbstractEventLoop) -> Sequence:
         """`request` as what the batcher takes. Raises RequestError."""
@@ -174,6 +208,18 @@ def _length(config: Any, wanted: int | None) -> int:
     if wanted is not None and made_for is not None and wanted > made_for:
         raise UserError(f"Torch.max_length = {wanted}: this model was made for at most {made_for} tokens")
     return wanted or min(made_for or LONGEST, LONGEST)
+
+
+def _kv_tokens(options: Torch, runner: Runner, longest: int) -> int:
+    """Tokens whose keys and values may be in memory: what is allowed, but no more than twice what the batch can use."""
+    allowed = memory_size(options.kv_memory, free=hardware.free_memory(runner.device), field="Torch.kv_memory")
+    tokens = min(allowed // runner.tables.token_bytes, 2 * options.max_batch * longest)
+    if tokens < SMALLEST:
+        needed = SMALLEST * runner.tables.token_bytes / 2**20
+        raise UserError(
+            f"Torch.kv_memory = {options.kv_memory!r}: {allowed / 2**20:.0f} MiB, at least {needed:.0f} MiB"
+        )
+    return tokens
 
 
 def _check_numbers(request: GenerateRequest, vocabulary: int) -> None:

@@ -1,0 +1,228 @@
+"""The layers of a served model: products with weights that never change, and what adapters add for some of the tokens.
+
+On a CPU, bf16 weights are reordered once, as inductor's freezing does; `torch.nn.functional.linear` reorders them at every
+call. With 8-bit weights a step has half as much to read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+Weights = Literal["same", "int8"]
+PACKED_FOR = 32  # rows that the order of packed weights is best for
+
+
+class Product(Protocol):
+    """x [..., in] -> [..., out]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def added(self, x: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        """The product plus `to` [..., out]."""
+        ...
+
+    def weight(self) -> torch.Tensor:
+        """[out, in], as it computes with them."""
+        ...
+
+
+class Plain:
+    """torch's own."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self._weight, self._bias)
+
+    def added(self, x: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        return to + self(x)
+
+    def weight(self) -> torch.Tensor:
+        return self._weight
+
+
+class Packed:
+    """oneDNN's, with weights in the order in which it reads them."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR)
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return result
+
+    def added(self, x: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, to, self._packed, self._bias, "add")
+        return result
+
+    def weight(self) -> torch.Tensor:
+        result: torch.Tensor = self._packed.to_dense()
+        return result
+
+
+class Int8:
+    """Products of 8-bit integers: weights with a scale for each output, activations with one for each token, found anew each
+    time (LLM.int8(), arXiv 2208.07339, without its outliers). oneDNN's, on CPUs.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        scales = weight.float().abs().amax(1).clamp(min=1e-9) / 127
+        whole = (weight.float() / scales[:, None]).round_().to(torch.int8).contiguous()
+        self._packed = torch.ops.onednn.qlinear_prepack(whole, [PACKED_FOR, weight.shape[1]])
+        self._scales, self._bias, self._dtype = scales, bias, weight.dtype
+        self._zeros = torch.zeros(len(scales), dtype=torch.int64)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        largest = torch.linalg.vector_norm(flat, torch.inf, -1, keepdim=True, dtype=torch.float32)
+        step = largest.div_(127).add_(1e-12)  # a row of zeros stays one
+        whole = (flat / step).add_(128.5).to(torch.uint8)  # unsigned, with its zero at 128
+        result: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+            whole, 1.0, 128, self._packed, self._scales, self._zeros, None, 1.0, 0, self._dtype, "none", [], ""
+        )
+        result.mul_(step)
+        return (result if self._bias is None else result.add_(self._bias)).view(*x.shape[:-1], -1)
+
+    def added(self, x: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        return to + self(x)
+
+    def weight(self) -> torch.Tensor:
+        return (self._packed.to_dense().t().float() * self._scales[:, None]).to(self._dtype)
+
+
+def product(weight: torch.Tensor, bias: torch.Tensor | None, weights: Weights) -> Product:
+    if weights == "int8":
+        return Int8(weight, bias)
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return Packed(weight, bias) if on_cpu and torch.backends.mkldnn.is_available() else Plain(weight, bias)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an adapter makes of a product W x: `factor` (W x) + up (down x); LoRA, arXiv 2106.09685.
+
+    `down` [rank, in], `up` [out, rank]; `factor` [out] only of DoRA (arXiv 2402.09353), and not for the bias.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    factor: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A layer of an adapter's own, instead of the base's: PEFT's `modules_to_save`."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+Change = Update | Replacement
+
+
+class Turns:
+    """Whose tokens the coming step has: (adapter, which of the tokens; None: all). Without an adapter: nothing."""
+
+    def __init__(self) -> None:
+        self.tokens: list[tuple[str, torch.Tensor | None]] = []
+        self.at_head: list[tuple[str, torch.Tensor | None]] = []  # of the tokens that the head is given
+
+
+class Linear(torch.nn.Module):
+    """Linear layers that take the same input, side by side in one product: x [..., tokens, in] -> [..., tokens, out]."""
+
+    def __init__(
+        self, layers: Sequence[Any], turns: Turns, *, weights: Weights = "same", is_head: bool = False
+    ) -> None:
+        super().__init__()
+        matrices = [layer.weight.t() if isinstance(layer, Conv1D) else layer.weight for layer in layers]
+        self.inputs = matrices[0].shape[1]
+        self.outputs = [matrix.shape[0] for matrix in matrices]
+        self.changes: dict[str, list[Change | None]] = {}  # adapter -> of each layer
+        self.bias = _side_by_side([layer.bias for layer in layers], self.outputs)
+        self._product = product(torch.cat(matrices) if len(matrices) > 1 else matrices[0], self.bias, weights)
+        self._turns, self._is_head = turns, is_head
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out, in]; made anew, for a model that asks what its layer is like."""
+        return self._product.weight()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result = self._product(x)
+        turns = self._turns.at_head if self._is_head else self._turns.tokens
+        return self._changed(x, result, turns) if turns and self.changes else result
+
+    def added(self, x: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        """`to` [..., tokens, out] plus the product."""
+        if self._turns.tokens and self.changes:
+            return to + self.forward(x)
+        return self._product.added(x, to)
+
+    def _changed(
+        self, x: torch.Tensor, result: torch.Tensor, turns: list[tuple[str, torch.Tensor | None]]
+    ) -> torch.Tensor:
+        for adapter, tokens in turns:
+            if adapter not in self.changes:
+                continue
+            mine, base = (x, result) if tokens is None else (x[..., tokens, :], result[..., tokens, :])
+            parts, biases = base.split(self.outputs, -1), self._biases()
+            made = [_change(mine, part, bias, change)
+                    for part, bias, change in zip(parts, biases, self.changes[adapter], strict=True)]  # fmt: skip
+            whole = torch.cat(made, -1) if len(made) > 1 else made[0]
+            if tokens is None:
+                return whole
+            result[..., tokens, :] = whole
+        return result
+
+    def _biases(self) -> Sequence[torch.Tensor | None]:
+        return [None] * len(self.outputs) if self.bias is None else self.bias.split(self.outputs)
+
+
+def _change(x: torch.Tensor, base: torch.Tensor, bias: torch.Tensor | None, change: Change | None) -> torch.Tensor:
+    if change is None:
+        return base
+    if isinstance(change, Replacement):
+        return functional.linear(x, change.weight, change.bias)
+    if change.factor is not None:
+        base = base * change.factor if bias is None else (base - bias) * change.factor + bias
+    return base + functional.linear(functional.linear(x, change.down), change.up)
+
+
+def _side_by_side(biases: list[torch.Tensor | None], outputs: list[int]) -> torch.Tensor | None:
+    one = next((bias for bias in biases if bias is not None), None)
+    if one is None:
+        return None
+    return torch.cat([one.new_zeros(n) if bias is None else bias for bias, n in zip(biases, outputs, strict=True)])
+
+
+class Embedding(torch.nn.Module):
+    """An embedding with adapters: ids [..., tokens] -> [..., tokens, width]."""
+
+    def __init__(self, layer: torch.nn.Module, turns: Turns) -> None:
+        super().__init__()
+        self.layer = layer
+        self.changes: dict[str, list[Change | None]] = {}
+        self._turns = turns
+
+    @property
+    def weight(self) -> Any:
+        return self.layer.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.layer(ids)
+        for adapter, tokens in self._turns.tokens if self.changes else ():
+            change = self.changes.get(adapter, [None])[0]
+            if change is not None:
+                where = slice(None) if tokens is None else tokens
+                mine = ids[..., where]
+                if isinstance(change, Replacement):
+                    result[..., where, :] = functional.embedding(mine, change.weight)
+                else:
+                    result[..., where, :] += functional.linear(functional.embedding(mine, change.down.t()), change.up)
+        return result

@@ -1,0 +1,170 @@
+"""The servers that we measure: how each is started on a port, when it is ready, what it holds in memory, how it is ended.
+
+Only one runs at a time. Whatever it starts, Ray's daemons and worker processes too, is a descendant of this process
+(Linux hands the orphans among them to us), so that all of it is counted, and all of it is gone at the end.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scripts.bench import load
+
+PR_SET_CHILD_SUBREAPER = 36  # prctl.h
+READY_S, END_S = 600.0, 30.0
+MAIN, VLLM = sys.executable, ".venv-vllm/bin/python"
+CACHE_GIB = 2  # for keys and values, where a server wants to be told
+OURS = """from serve import *
+
+model = ServedModel(
+    id="bench",
+    source=ModelSource({model!r}, dtype={dtype!r}),
+    engine=Torch(max_batch={batch}),
+    cpus={threads},
+)
+config = ServeConfig(models=(model,), port={port})
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """`command`: what starts it, from the model's directory, a port, threads and a directory for files of its own.
+
+    `model`: what requests call the model; None is its directory. `fields`: what it wants in a body besides the usual.
+    """
+
+    command: Callable[[Path, int, int, Path], list[str]]
+    fields: Mapping[str, Any]
+    model: str | None = "bench"
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def ours(model: Path, port: int, threads: int, files: Path, dtype: str = "bf16") -> list[str]:
+    config = files / "bench.py"
+    config.write_text(OURS.format(model=str(model), dtype=dtype, batch=load.MIXED_CLIENTS, threads=threads, port=port))
+    return [MAIN, "-m", "ui.cli", "serve", str(config)]
+
+
+def vllm(model: Path, port: int, threads: int, files: Path) -> list[str]:
+    options = ["--dtype", "bfloat16", "--served-model-name", "bench", "--host", "127.0.0.1", "--port", str(port)]
+    return [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *options]
+
+
+def transformers(model: Path, port: int, threads: int, files: Path) -> list[str]:
+    options = ["--continuous-batching", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    return [str(Path(MAIN).parent / "transformers"), "serve", str(model), *options]
+
+
+SERVERS = {
+    "ours": Server(ours, {"ignore_eos": True}),
+    "vllm": Server(
+        vllm,
+        {"ignore_eos": True},
+        environment={"VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB), "VLLM_NO_USAGE_STATS": "1"},
+    ),
+    "transformers-serve": Server(transformers, {"generation_config": '{"eos_token_id": -1}'}, model=None),
+}
+
+
+@contextmanager
+def running(
+    server: Server, model: Path, threads: int, files: Path, environment: Mapping[str, str]
+) -> Iterator[load.Client]:
+    """A client of the server, which runs for the block and is ended with all that it started.
+
+    What it says is in `files`/log. Exits with the end of that where it does not start.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # who ends the bench so ends the server too
+    adopt_orphans()
+    port, log = free_port(), files / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            server.command(model, port, threads, files),
+            env={**environment, **server.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_until_ready(process, port, log)
+        yield load.Client(port, server.model or str(model), server.fields)
+    finally:
+        end(process)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends. See PR_SET_CHILD_SUBREAPER in prctl(2)."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + READY_S
+    while not healthy(port):
+        ended = process.poll() is not None
+        if ended or time.monotonic() > deadline:
+            why = f"ended with exit code {process.returncode}" if ended else f"did not answer within {READY_S:.0f} s"
+            sys.exit(f"{log.read_text()[-4000:]}\nbench: the server {why}")
+        time.sleep(0.2)
+
+
+def healthy(port: int) -> bool:
+    """Whether GET /health says yes: nobody listens at first, and some answer with an error before they are ready."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C does; then whoever is left is killed."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(END_S)
+    while left := descendants():
+        for one in left:
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
+        os.waitpid(-1, 0)  # at least one of them is a child of this process
+
+
+def descendants() -> list[int]:
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # ended in between
+            parent = int(entry.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.parent.name))
+    found = list(children.get(os.getpid(), ()))
+    for process in found:
+        found += children.get(process, ())
+    return found
+
+
+def peak_rss_mib() -> float:
+    """Of all processes of the server: the most that each of them had at any time. What they share counts for each."""
+    peaks = []
+    for process in descendants():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            lines = Path(f"/proc/{process}/status").read_text().splitlines()
+            peaks += [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")]
+    return sum(peaks)
