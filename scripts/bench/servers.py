@@ -71,7 +71,12 @@ SERVERS = {
     "vllm": Server(
         vllm,
         {"ignore_eos": True},
-        environment={"VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB), "VLLM_NO_USAGE_STATS": "1"},
+        environment={
+            "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB),
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # by itself it leaves one core to the HTTP server: here, one of two
+            "LD_PRELOAD": str(Path(VLLM).absolute().parents[1] / "lib/libiomp5.so"),  # as its page on CPUs advises
+            "VLLM_NO_USAGE_STATS": "1",
+        },
     ),
     "transformers-serve": Server(transformers, {"generation_config": '{"eos_token_id": -1}'}, model=None),
 }
