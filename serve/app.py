@@ -22,6 +22,11 @@ from serve.model import EmbeddingDeployment, ModelDeployment
 log = logging.getLogger(__name__)
 Runs = Mapping[str, str]  # adapter name -> run directory, absolute
 
+# How often a thread of GNU OpenMP looks whether the others are ready before it sleeps: for a tenth of a millisecond. By
+# itself it looks for a whole time slice, and as soon as anything else runs on the machine, such as the ingress, a step of
+# hundreds of operators takes a second.
+SHORT_WAITS = {"GOMP_SPINCOUNT": "10000"}
+
 
 def deploy(config: ServeConfig) -> list[str]:
     """Serve `config` on the Ray cluster that this process is connected to; returns the model ids once they answer.
@@ -72,7 +77,12 @@ def build(config: ServeConfig, runs: Mapping[str, Runs]) -> serve.Application:
 
 
 def _deployment(model: ServedModel, runs: Runs) -> serve.Application:
-    actor = {"num_cpus": model.cpus, "num_gpus": model.gpus}
+    own = model.runtime_env or {}
+    actor = {
+        "num_cpus": model.cpus,
+        "num_gpus": model.gpus,
+        "runtime_env": own | {"env_vars": SHORT_WAITS | own.get("env_vars", {})},
+    }
     scaling = {
         "min_replicas": model.replicas.min,
         "max_replicas": model.replicas.max,
@@ -80,7 +90,7 @@ def _deployment(model: ServedModel, runs: Runs) -> serve.Application:
     }
     deployment = serve.deployment(
         name=f"Model:{model.id}",
-        ray_actor_options=actor | ({"runtime_env": model.runtime_env} if model.runtime_env else {}),
+        ray_actor_options=actor,
         autoscaling_config=scaling,
         # Beyond the batch an engine queues by itself; beyond this, waiting helps nobody.
         max_ongoing_requests=128,

@@ -92,7 +92,8 @@ class Int8:
         return to + self(x)
 
     def weight(self) -> torch.Tensor:
-        return (self._packed.to_dense().t().float() * self._scales[:, None]).to(self._dtype)
+        whole: torch.Tensor = self._packed.to_dense().t()
+        return (whole.float() * self._scales[:, None]).to(self._dtype)
 
 
 def product(weight: torch.Tensor, bias: torch.Tensor | None, weights: Weights) -> Product:

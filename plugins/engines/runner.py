@@ -198,13 +198,15 @@ def _attend(
     if softcap is None and (small or query.device.type != "cpu"):
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     # On a CPU torch's own takes twice as long as the products that it is made of.
+    result: torch.Tensor
     shape = query.shape[:2]
     scores = torch.bmm((query * scale).flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).unflatten(0, shape)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         scores += mask
-    return torch.bmm(scores.softmax(-1).flatten(0, 1), value.flatten(0, 1)).unflatten(0, shape)
+    result = torch.bmm(scores.softmax(-1).flatten(0, 1), value.flatten(0, 1)).unflatten(0, shape)
+    return result
 
 
 @dataclass(frozen=True)
