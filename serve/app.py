@@ -22,10 +22,9 @@ from serve.model import EmbeddingDeployment, ModelDeployment
 log = logging.getLogger(__name__)
 Runs = Mapping[str, str]  # adapter name -> run directory, absolute
 
-# How often a thread of GNU OpenMP looks whether the others are ready before it sleeps: for a tenth of a millisecond. By
-# itself it looks for a whole time slice, and as soon as anything else runs on the machine, such as the ingress, a step of
-# hundreds of operators takes a second.
-SHORT_WAITS = {"GOMP_SPINCOUNT": "10000"}
+# How often a thread of GNU OpenMP looks whether the others are ready before it sleeps. By itself it looks three times as
+# often, for a whole time slice: where anything else runs, such as the ingress, those that it waits for do not get the core.
+SHORT_WAITS = {"GOMP_SPINCOUNT": "100000"}
 
 
 def deploy(config: ServeConfig) -> list[str]:
