@@ -85,7 +85,7 @@ def _deployment(model: ServedModel, runs: Runs) -> serve.Application:
     scaling = {
         "min_replicas": model.replicas.min,
         "max_replicas": model.replicas.max,
-        "target_ongoing_requests": 16,  # about a batch
+        "target_ongoing_requests": 16,  # more in one batch, and each waits longer
     }
     deployment = serve.deployment(
         name=f"Model:{model.id}",

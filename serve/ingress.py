@@ -148,10 +148,10 @@ async def merged(choices: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple
         while unfinished:
             arrival = asyncio.create_task(inbox.get())
             while not arrival.done():
-                await asyncio.wait([arrival, *(t for t in tasks if not t.done())], return_when=asyncio.FIRST_COMPLETED)
-                for task in tasks:
+                for task in tasks:  # before waiting: what has failed already wakes nobody
                     if task.done():
                         task.result()  # a choice that failed ends the answer
+                await asyncio.wait([arrival, *(t for t in tasks if not t.done())], return_when=asyncio.FIRST_COMPLETED)
             index, delta = arrival.result()
             unfinished -= delta.finish_reason is not None
             yield index, delta

@@ -403,7 +403,8 @@ def test_a_client_that_goes_away_stops_its_own_generation(served: Served) -> Non
         assert httpx.post(f"{served.url}/v1/chat/completions", json=quick, timeout=10).status_code == 200
 
 
-def test_a_choice_that_fails_ends_the_stream_though_another_has_ended_and_a_third_is_silent() -> None:
+@pytest.mark.parametrize("busy", [0.0, 0.4])  # seconds that the reader takes: it fails after that, or meanwhile
+def test_a_choice_that_fails_ends_the_stream_though_another_has_ended_and_a_third_is_silent(busy: float) -> None:
     async def short(request: GenerateRequest) -> AsyncIterator[Delta]:
         yield Delta("done", 1, 1, "stop")
 
@@ -419,8 +420,8 @@ def test_a_choice_that_fails_ends_the_stream_though_another_has_ended_and_a_thir
     async def read() -> None:
         request = GenerateRequest(prompt="")
         async with asyncio.timeout(5):
-            async for _ in merged([short(request), failing(request), silent(request)]):
-                pass
+            async for _, delta in merged([short(request), failing(request), silent(request)]):
+                await asyncio.sleep(busy if delta.text == "begun" else 0)
 
     with pytest.raises(RuntimeError, match="out of memory"):
         asyncio.run(read())

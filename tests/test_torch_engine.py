@@ -169,6 +169,21 @@ def architecture(name: str) -> Any:
         ),
         "gemma2, window and soft cap": lambda: transformers.Gemma2Config(**small, query_pre_attn_scalar=8, **sliding),
         "mixtral, experts": lambda: transformers.MixtralConfig(**small, num_local_experts=4, sliding_window=None),
+        "opt, positions with an offset": lambda: transformers.OPTConfig(
+            vocab_size=384,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            init_std=0.3,
+            max_position_embeddings=128,
+            word_embed_proj_dim=32,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=1,
+        ),
+        "phi, part of the head turned": lambda: transformers.PhiConfig(**small, partial_rotary_factor=0.5),
+        "gemma3, norms of its own": lambda: transformers.Gemma3TextConfig(**small, query_pre_attn_scalar=8, **sliding),
         "bloom": lambda: transformers.BloomConfig(vocab_size=384, hidden_size=32, n_layer=2, n_head=4),
         "mamba": lambda: transformers.MambaConfig(vocab_size=384, hidden_size=32, num_hidden_layers=2, state_size=4),
     }[name]()
@@ -183,6 +198,9 @@ def architecture(name: str) -> Any:
         "qwen3, some layers with a window",
         "gemma2, window and soft cap",
         "mixtral, experts",
+        "opt, positions with an offset",
+        "phi, part of the head turned",
+        "gemma3, norms of its own",
     ],
 )
 def test_other_architectures(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,8 @@ class TorchEngine:
     def _open(self, options: Torch, cpus: float, gpus: float) -> tuple[Runner, Scheduler[Sequence]]:
         """Load the model; what requests are checked against is known then."""
         hardware.use_cpus(cpus)
+        if options.weights == "int8" and gpus:
+            raise UserError("Torch.weights = 'int8': on CPUs only; on a GPU leave it at 'same'")
         tokenizer, model = load(AutoTokenizer, self._source), _load_model(self._source, gpus)
         self._eos: int | list[int] | None = model.generation_config.eos_token_id
         self._defaults = own_defaults(model.generation_config)
