@@ -228,14 +228,13 @@ def test_an_architecture_that_a_batch_would_get_wrong_is_refused(tmp_path: Path,
 
 def test_text_comes_as_it_is_made(engine: TorchEngine) -> None:
     async def main() -> list[Delta]:
-        return [delta async for delta in engine.generate(request("the quick brown fox", max_tokens=40))]
+        return [delta async for delta in engine.generate(request("the quick brown fox", max_tokens=200))]
 
     deltas = asyncio.run(main())
     counts = [delta.completion_tokens for delta in deltas]
     assert counts == sorted(counts)
     assert len(deltas) > 2
-    assert counts[0] < 20
-    assert counts[0] < 10
+    assert counts[0] < 50  # at once, not with the next ones
     assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
     assert {delta.prompt_tokens for delta in deltas} == {
         len(small_models.tokenizer()("the quick brown fox")["input_ids"])

@@ -48,7 +48,7 @@ class Batcher:
         """Seconds between two messages to one consumer. Each costs the platform about a millisecond of a core, which is
         taken from those who compute; nobody reads faster.
         """
-        return min(0.1, max(0.02, 0.004 * self._running))
+        return min(0.2, max(0.04, 0.005 * self._running))
 
     def submit(self, sequence: Sequence) -> None:
         with self._mail:
