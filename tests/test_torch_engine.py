@@ -614,6 +614,13 @@ def test_more_adapters_than_fit_are_read_again_when_asked_for(base: Path, runs: 
             assert len(keys) == 1
         together = run(engine, *(lambda n=name: answer(engine, PROMPTS[0], adapter=n) for name in ("first", "second")))
         assert [delta.text for delta in together] == wanted
+        shutil.move(runs[0], runs[0].with_name("gone"))
+        try:
+            ask(engine, PROMPTS[0], adapter="second")  # the first is no longer in memory
+            with pytest.raises(RequestError, match=r"adapter 'first' cannot be read again: .*no such directory"):
+                ask(engine, PROMPTS[0], adapter="first")
+        finally:
+            shutil.move(runs[0].with_name("gone"), runs[0])
     finally:
         asyncio.run(engine.close())
 

@@ -87,12 +87,12 @@ class TorchEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         self.check()
-        adapter = await self._adapter(request.adapter)
-        # In a thread, because a long prompt takes a while to tokenise; in one, so that requests keep their order.
         loop = asyncio.get_running_loop()
-        sequence = await loop.run_in_executor(self._reader, self._sequence, request, adapter, loop)
-        if request.adapter is not None and self._adapters.get(request.adapter) is not adapter:
-            raise RequestError(f"adapter {request.adapter!r} was replaced just now: ask again", "model")
+        adapter = sequence = None
+        while sequence is None or adapter is not self._present(request.adapter):  # it may have gone in the meantime
+            adapter = await self._adapter(request.adapter)
+            # In a thread, because a long prompt takes a while to tokenise; in one, so that requests keep their order.
+            sequence = await loop.run_in_executor(self._reader, self._sequence, request, adapter, loop)
         self._batcher.submit(sequence)
         try:
             finished = False
@@ -137,6 +137,9 @@ class TorchEngine:
         await asyncio.to_thread(self._batcher.close)
         self._reader.shutdown(wait=False)
 
+    def _present(self, name: str | None) -> _Adapter | None:
+        return self._base if name is None else self._adapters.get(name)
+
     async def _adapter(self, name: str | None) -> _Adapter:
         """In memory; raises RequestError for one that nobody has loaded."""
         if name is None:
@@ -146,7 +149,10 @@ class TorchEngine:
                 if name not in self._runs:
                     raise RequestError(f"there is no adapter {name!r}; {choices(name, self._runs)}", "model")
                 if name not in self._adapters:
-                    await self._load(name, self._runs[name])
+                    try:
+                        await self._load(name, self._runs[name])
+                    except UserError as error:
+                        raise RequestError(f"adapter {name!r} cannot be read again: {error}", "model") from error
         adapter = self._adapters.pop(name)
         self._adapters[name] = adapter  # the most recently used is last
         return adapter
