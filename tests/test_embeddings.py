@@ -4,7 +4,9 @@ import asyncio
 import base64
 import contextlib
 import json
-import socket
+import os
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ import safetensors.torch
 import torch
 import transformers
 from small_models import CORPUS, llama_config, save_model
+from test_cluster import Shell, free_port, kill, until
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from plugins.engines import Embedder, Torch
@@ -557,20 +560,27 @@ def test_an_embedding_model_takes_no_adapters() -> None:
 
 @pytest.mark.cluster
 def test_it_is_served_on_ray_beside_a_text_model(bert: Path, tmp_path: Path) -> None:
-    import ray
-    from ray import serve
+    port, llama = free_port(), save_model(tmp_path / "llama")
+    (tmp_path / "config.py").write_text(
+        f"""from serve import *
+text = ServedModel(id="tiny", source=ModelSource({str(llama)!r}), cpus=0.5)
+mini = ServedModel(id="mini", source=ModelSource({str(bert)!r}, dtype="fp32"), engine=Embedder(), cpus=0.5)
+config = ServeConfig(models=(text, mini), port={port})
+"""
+    )
+    shell = Shell({**os.environ, "HOME": str(tmp_path), "RAY_ADDRESS": "local"})
+    process = shell.start(sys.executable, "-m", "ui.cli", "serve", str(tmp_path / "config.py"))
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
-    from serve.app import deploy
+    def answers() -> bool:
+        assert process.poll() is None
+        try:
+            return {model.id for model in client.models.list()} == {"tiny", "mini"}
+        except (openai.APIConnectionError, openai.APIStatusError):
+            return False
 
-    text = ServedModel(id="tiny", source=ModelSource(str(save_model(tmp_path / "llama"))), cpus=0.5)
-    mini = ServedModel(id="mini", source=ModelSource(str(bert), dtype="fp32"), engine=Embedder(), cpus=0.5)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ray.init(address="local", num_cpus=2)
     try:
-        assert deploy(ServeConfig(models=(text, mini), port=port)) == ["tiny", "mini"]
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        until(answers, seconds=120, what="the models")
         answer = client.embeddings.create(model="mini", input=TEXTS)
         reference = Reference(bert)
         expected = np.array([reference.embedding(text) for text in TEXTS])
@@ -578,6 +588,7 @@ def test_it_is_served_on_ray_beside_a_text_model(bert: Path, tmp_path: Path) -> 
         assert client.completions.create(model="tiny", prompt="hello", max_tokens=3).usage.completion_tokens
         with pytest.raises(openai.BadRequestError, match="input is too long: 302 tokens, and this model takes 200"):
             client.embeddings.create(model="mini", input="sea " * 300)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        kill(process)
