@@ -26,8 +26,8 @@ class Batcher:
     def __init__(self, make: Callable[[], tuple[Runner, Scheduler[Sequence]]]) -> None:
         """`make` is called in the worker thread, and what it raises is raised here.
 
-        Whatever computes does so in that one thread: OpenMP has a team of threads for each that does, and as soon as they
-        are more than there are cores, all of them go to sleep between two operators.
+        Whatever computes does so in that one thread. OpenMP has a team of threads for each thread that ever did: with the
+        model loaded in another, everything took one and a half times as long.
         """
         # Between the threads, under the lock of `_mail`.
         self._mail = threading.Condition()
@@ -45,9 +45,7 @@ class Batcher:
 
     @property
     def pause(self) -> float:
-        """Seconds between two messages to one consumer. Each costs the platform about a millisecond of a core, which is
-        taken from those who compute; nobody reads faster.
-        """
+        """Seconds between two messages to one consumer: each takes the cores' time, and nobody reads faster."""
         return min(0.2, max(0.04, 0.005 * self._running))
 
     def submit(self, sequence: Sequence) -> None:

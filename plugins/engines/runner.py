@@ -8,7 +8,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -92,6 +92,32 @@ class Reading:
     first: int
     last: int
     start: int
+    masks: dict[tuple[int, int | None], torch.Tensor]
+
+    def keys(self, at: int, till: int, window: int | None) -> slice:
+        """The keys that tokens `at:till` of the piece may see."""
+        return slice(0 if window is None else max(0, self.start + at - window + 1), self.start + till)
+
+    def mask(self, at: int, till: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """[tokens, keys] for tokens `at:till`, to be added to the scores; the same in every layer, so made once."""
+        if (at, window) not in self.masks:
+            seen = self.keys(at, till, window)
+            here = torch.arange(self.start + at, self.start + till, device=like.device)[:, None]
+            there = torch.arange(seen.start, seen.stop, device=like.device)
+            hidden = there > here
+            if window is not None:
+                hidden |= there <= here - window
+            mask = like.new_zeros(hidden.shape).masked_fill_(hidden, torch.finfo(like.dtype).min)
+            self.masks[at, window] = mask
+        return self.masks[at, window]
+
+
+class Rule(NamedTuple):
+    """How a layer attends: the scale of its scores, how many tokens it sees, and what softly bounds the scores."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
 
 
 class Attention:
@@ -112,23 +138,15 @@ class Attention:
         softcap: float | None = None,
     ) -> torch.Tensor:
         """query [tokens, heads, d], key [tokens, KV heads, d], value [tokens, KV heads, e] -> [tokens, heads, e]."""
-        heads = query.shape[1]
-        query = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
-        results = [self._decode(part, layer, query, key, value, scale, window, softcap) for part in self._decoding]
-        results += [self._read(part, layer, query, key, value, scale, window, softcap) for part in self._reading]
+        rule = Rule(scale, window, softcap)
+        query = query.unflatten(1, (key.shape[1], -1))
+        results = [self._decode(part, layer, query, key, value, rule) for part in self._decoding]
+        results += [self._read(part, layer, query, key, value, rule) for part in self._reading]
         result = torch.cat(results) if len(results) > 1 else results[0]
         return result.flatten(1, 2)
 
     def _decode(
-        self,
-        part: Decoding,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        self, part: Decoding, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule
     ) -> torch.Tensor:
         keys, values = part.slab.tables[layer]
         mine = slice(part.first, part.last)
@@ -140,72 +158,44 @@ class Attention:
             spread[part.rows] = queries
             queries = spread
         seen = slice(part.longest)
-        result = _attend(
-            queries, keys[: part.top, :, seen], values[: part.top, :, seen], part.mask(window, query.dtype), scale, softcap
-        )  # fmt: skip
+        mask = part.mask(rule.window, query.dtype)
+        result = _attend(queries, keys[: part.top, :, seen], values[: part.top, :, seen], mask, rule)
         return result if part.is_dense else result[part.rows]
 
     def _read(
-        self,
-        part: Reading,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        self, part: Reading, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule
     ) -> torch.Tensor:
         keys, values = (table[part.place.row] for table in part.place.slab.tables[layer])
-        count, end = part.last - part.first, part.start + part.last - part.first
-        keys[:, part.start : end] = key[part.first : part.last].transpose(0, 1)
-        values[:, part.start : end] = value[part.first : part.last].transpose(0, 1)
-        queries = query[part.first : part.last].permute(1, 2, 0, 3)  # [KV heads, group, tokens, d]
+        mine, count = slice(part.first, part.last), part.last - part.first
+        keys[:, part.start : part.start + count] = key[mine].transpose(0, 1)
+        values[:, part.start : part.start + count] = value[mine].transpose(0, 1)
+        queries = query[mine].permute(1, 2, 0, 3)  # [KV heads, group, tokens, d]
+        group = queries.shape[1]
         result = value.new_empty(count, *query.shape[1:3], value.shape[-1])
         for at in range(0, count, QUERIES):
             till = min(at + QUERIES, count)
-            since = 0 if window is None else max(0, part.start + at - window + 1)
-            here = torch.arange(part.start + at, part.start + till, device=query.device)[:, None]
-            there = torch.arange(since, part.start + till, device=query.device)
-            hidden = there > here
-            if window is not None:
-                hidden |= there <= here - window
-            mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
-            mask.masked_fill_(hidden, torch.finfo(query.dtype).min)
-            group = queries.shape[1]
-            made = _attend(
-                queries[:, :, at:till].flatten(1, 2)[None],
-                keys[None, :, since : part.start + till],
-                values[None, :, since : part.start + till],
-                mask.repeat(group, 1),
-                scale,
-                softcap,
-            )
+            seen, mask = part.keys(at, till, rule.window), part.mask(at, till, rule.window, query)
+            block = queries[:, :, at:till].flatten(1, 2)[None]
+            made = _attend(block, keys[None, :, seen], values[None, :, seen], mask.repeat(group, 1), rule)
             result[at:till] = made[0].unflatten(1, (group, till - at)).permute(2, 0, 1, 3)
         return result
 
 
 def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rule: Rule
 ) -> torch.Tensor:
     """[sequences, KV heads, queries, e] of queries [.., queries, d], keys [.., keys, d] and values [.., keys, e]."""
     small = query.shape[0] * key.shape[2] <= SMALL and query.shape[2] < QUERIES
-    if softcap is None and (small or query.device.type != "cpu"):
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    if rule.softcap is None and (small or query.device.type != "cpu"):
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=rule.scale)
     # On a CPU torch's own takes twice as long as the products that it is made of.
-    result: torch.Tensor
     shape = query.shape[:2]
-    scores = torch.bmm((query * scale).flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).unflatten(0, shape)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = torch.bmm((query * rule.scale).flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).unflatten(0, shape)
+    if rule.softcap is not None:
+        scores = torch.tanh(scores / rule.softcap) * rule.softcap
     if mask is not None:
         scores += mask
-    result = torch.bmm(scores.softmax(-1).flatten(0, 1), value.flatten(0, 1)).unflatten(0, shape)
+    result: torch.Tensor = torch.bmm(scores.softmax(-1).flatten(0, 1), value.flatten(0, 1)).unflatten(0, shape)
     return result
 
 
@@ -223,7 +213,7 @@ Forward = Callable[[Step], torch.Tensor]  # -> logits [wanted, vocab]
 
 
 class Runner:
-    """A model and its adapters. `cache` is where its keys and values lie, once `open` has made it."""
+    """A model and its `adapters`. `tables` makes the rows of keys and values that its steps read and write."""
 
     def __init__(self, model: Any, *, weights: Weights = "same") -> None:
         """Takes `model` over: its layers become ours. Raises UserError where that does not compute what the model does."""
@@ -250,11 +240,11 @@ class Runner:
                 f"the torch engine cannot serve this model: its window of {window} is not told to its attention"
             )
         rope = getattr(config, "rope_parameters", None) or {}
-        made_for = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        if rope.get("rope_type") in ("dynamic", "longrope") and length > made_for:
-            raise UserError(
-                f"Torch.max_length = {length}: at most {made_for}, beyond which this model's positions depend on the batch"
-            )
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            made_for = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            if length > made_for:
+                words = "beyond which this model's positions depend on the batch"
+                raise UserError(f"Torch.max_length = {length}: at most {made_for}, {words}")
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece[Any]]) -> tuple[torch.Tensor, list[tuple[Piece[Any], slice]]]:
@@ -307,7 +297,7 @@ class Runner:
         readings = []
         for piece in reading:
             place = piece.running.place
-            readings.append(Reading(place, first, first + piece.count, place.length))
+            readings.append(Reading(place, first, first + piece.count, place.length, {}))
             first += piece.count
         return Attention(parts, readings)
 

@@ -12,9 +12,8 @@ from typing import Generic, Protocol, TypeVar
 
 from plugins.engines.cache import BLOCK, Cache, Place
 
-BALANCE = (
-    24  # tokens whose products take as long as reading the weights: about so many on a CPU, ten times as many on a GPU
-)
+# Tokens whose products take as long as reading the weights, on a CPU; a GPU is taken to need ten times as many.
+BALANCE = 24
 
 
 class Row(Protocol):
@@ -124,9 +123,8 @@ class Scheduler(Generic[R]):
         self.cache.free(running.place)
 
     def _chunk(self, decoding: int) -> int:
-        """Tokens of prompts for a step in which `decoding` sequences decode: it takes 2.5 times as long as without them.
-
-        Where nobody waits for the next token, as many as are computed well.
+        """Tokens of prompts for a step in which `decoding` sequences decode: by the count of BALANCE, it then takes 2.5
+        times as long as without. Where nobody waits for the next token, as many as are computed well.
         """
         return int(1.5 * (self._balance + decoding)) if decoding else 16 * self._balance
 

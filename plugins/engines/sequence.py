@@ -55,11 +55,6 @@ class Sequence:
         self._said = False  # whether there has been a Delta with text
         self._logprobs: list[TokenLogprob] = []  # of tokens whose text is still to come
 
-    @property
-    def token(self) -> int:
-        """The latest of the answer."""
-        return self.tokens[-1]
-
     def score_prompt(self, start: int, logits: torch.Tensor) -> None:
         """Note how likely the prompt is. Row i of `logits` [n, vocab] comes after its token `start` + i.
 
