@@ -42,7 +42,7 @@ def with_config(options: argparse.Namespace, kind: type[T], act: Callable[[T], N
 
 def run(act: Callable[[], None], *, name: str) -> int:
     """Do what a command is for. Exit code 2 and one line for a user's mistake; 130 when interrupted."""
-    cluster.authenticate()
+    cluster.prepare()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for package in ("finetune", "serve", "plugins", "ui"):
         logging.getLogger(package).setLevel(logging.INFO)

@@ -3,6 +3,9 @@
 import ctypes
 import os
 import platform
+import socket
+import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +13,7 @@ import psutil
 import torch
 
 CGROUP = Path("/sys/fs/cgroup")
+SYSTEM, TASKS = Path("/sys/devices/system"), Path("/proc/self/task")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h of glibc
 
 
@@ -62,3 +66,48 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for name, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
             mallopt(name, value)
+
+
+def pin_threads(cpus: float) -> ExitStack:
+    """Give the calling thread, and each thread of its OpenMP team, a CPU that no other replica of this machine has.
+
+    To be called before it computes, with the number of threads set. The CPUs are its own until what is returned is closed.
+    Where there are not enough free ones, or no Linux to say so, threads run where they are put, as before: where two of a
+    team land on one core, each waits for the other at every operator.
+    """
+    threads = torch.get_num_threads()
+    if platform.system() != "Linux" or cpus != threads:
+        return ExitStack()
+    # Threads have the name of the one that made them.
+    me, name = threading.get_native_id(), f"torch-{threading.get_native_id()}"
+    (TASKS / str(me) / "comm").write_text(name)
+    torch.zeros(2**20).add_(1)  # makes the team
+    team = [int(task.name) for task in TASKS.iterdir() if (task / "comm").read_text().strip() == name]
+    places, claim = _claim_cpus(threads) if len(team) == threads else ([], ExitStack())
+    for thread, cpu in zip([me, *(one for one in team if one != me)], places, strict=bool(places)):
+        os.sched_setaffinity(thread, {cpu})
+    return claim
+
+
+def _claim_cpus(count: int) -> tuple[list[int], ExitStack]:
+    """CPUs of one NUMA node, if it has so many to give, and what keeps them ours; no CPUs where there are too few."""
+    nodes = [[int(cpu.name[3:]) for cpu in node.glob("cpu[0-9]*")] for node in sorted(SYSTEM.glob("node/node[0-9]*"))]
+    every = sorted(os.sched_getaffinity(0))
+    for node in [*([cpu for cpu in every if cpu in node] for node in nodes), every]:
+        with ExitStack() as claims:
+            mine: list[int] = []
+            for cpu in sorted(node, key=_sibling):
+                with suppress(OSError):  # somebody else's
+                    # Linux frees an abstract address when its owner ends, however that comes about. See unix(7).
+                    claims.enter_context(socket.socket(socket.AF_UNIX)).bind(f"\0manta-cpu-{cpu}")
+                    mine.append(cpu)
+                if len(mine) == count:
+                    return mine, claims.pop_all()
+    return [], ExitStack()
+
+
+def _sibling(cpu: int) -> tuple[int, int]:
+    """Sorts CPUs so that those of different cores come first, then those that share one with an earlier."""
+    siblings = SYSTEM / f"cpu/cpu{cpu}/topology/thread_siblings_list"
+    first = siblings.read_text().replace("-", ",").split(",")[0].strip() if siblings.is_file() else str(cpu)
+    return int(int(first) != cpu), cpu

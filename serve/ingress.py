@@ -28,7 +28,8 @@ class Ingress:
 
     def __init__(self, served: Mapping[str, Sequence[str]], handles: Mapping[str, DeploymentHandle[Any]]) -> None:
         """`served`: base id -> the names of its runs. `handles`: base id -> its deployment; those not served embed."""
-        models = {base: _generate(handles[base].options(stream=True)) for base in served}
+        # By gRPC: through Ray's object store a message costs twice as much.
+        models = {base: _generate(handles[base].options(stream=True, _by_reference=False)) for base in served}
         embedders = {base: _embed(handle) for base, handle in handles.items() if base not in served}
         self.api = api(served, models, embedders)
 

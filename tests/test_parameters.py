@@ -436,11 +436,25 @@ def test_a_prompt_may_be_scored_in_any_pieces_beside_others(engine: TorchEngine,
         logits = torch.randn(len(tokens), 384, generator=torch.Generator().manual_seed(0))
         for begin in (*range(0, len(tokens), size), 0):  # a piece may come again
             sequence.score_prompt(begin, logits[begin : begin + size])
-        return sequence.accept(choose(logits[-1:], [sequence.sampler])[0])
+        sequence.accept(choose(logits[-1:], [sequence.sampler])[0])
+        news = sequence.news()
+        assert news is not None
+        return news
 
     whole = asyncio.run(pieces(len(tokens)))
     assert len(whole.prompt_logprobs) == len(tokens)
     assert all(asyncio.run(pieces(size)) == whole for size in (1, 3))
+
+
+@pytest.mark.parametrize("vocabulary", [384, 300])  # a multiple of what is looked through at a time, and none
+def test_of_the_likeliest_the_first_is_chosen(vocabulary: int) -> None:
+    sampler = Sampler(Sampling(temperature=0), prompt=[], grammar=None, forbidden=frozenset(), min_tokens=0)
+    logits = torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(0))
+    expected = logits.argmax(-1).tolist()
+    for place in (299, 140, 7):  # the later come first
+        logits[0, place] = 9
+        expected[0] = place
+        assert [choice.token for choice in choose(logits, [sampler] * 5)] == expected
 
 
 def test_a_stream_says_what_a_whole_answer_says(engine: TorchEngine) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Several
 from concurrent.futures import Future
@@ -16,6 +17,9 @@ from plugins.engines.sequence import Mailbox, Sequence
 from plugins.types import Delta
 
 logger = logging.getLogger(__name__)
+
+# Seconds between two messages of one answer: for a few answers, for each of many, and at most.
+PAUSE, PAUSE_EACH, LONGEST_PAUSE = 0.04, 0.01, 0.2
 
 
 class Batcher:
@@ -35,18 +39,13 @@ class Batcher:
         self._jobs: list[tuple[Callable[[], None], Future[None]]] = []
         self._closing = False
         self._failure: BaseException | None = None
-        self._running = 0  # sequences of the latest step; written by the worker thread alone
         # The worker thread's own.
         self._retired: set[str] = set()
+        self._next_round = 0.0  # when everyone is sent what there is, on time.monotonic's clock
         made: Future[tuple[Runner, Scheduler[Sequence]]] = Future()
         self._thread = threading.Thread(target=self._work, args=(make, made), name="torch-engine", daemon=True)
         self._thread.start()
         self._runner, self._scheduler = made.result()
-
-    @property
-    def pause(self) -> float:
-        """Seconds between two messages to one consumer: each takes the cores' time, and nobody reads faster."""
-        return min(0.2, max(0.04, 0.005 * self._running))
 
     def submit(self, sequence: Sequence) -> None:
         with self._mail:
@@ -149,7 +148,6 @@ class Batcher:
     def _step(self) -> None:
         """Compute what the scheduler plans, and give everyone the token that is next."""
         pieces = self._scheduler.plan()
-        self._running = len(pieces)
         if not pieces:
             return
         try:
@@ -171,14 +169,23 @@ class Batcher:
         ended = [(piece, part) for piece, part in rows if piece.running.left == 0]
         last = logits if len(ended) == len(logits) else logits[[part.stop - 1 for _, part in ended]]
         choices = choose(last, [piece.running.sequence.sampler for piece, _ in ended]) if ended else []
-        news = []
         for (piece, _), choice in zip(ended, choices, strict=True):
-            delta = piece.running.sequence.accept(choice)
-            if delta.finish_reason is not None:
+            piece.running.sequence.accept(choice)
+            if piece.running.sequence.finished:
                 self._scheduler.finish(piece.running)
-            if delta.text or delta.finish_reason:
-                news.append((piece.running.sequence, delta))
-        _post(news)
+        self._send([piece.running.sequence for piece, _ in ended])
+
+    def _send(self, sequences: Several[Sequence]) -> None:
+        """Send the first text of an answer and its end at once; what is between, to all of them together now and then.
+
+        Each message takes the cores' time, with many answers more than computing their tokens, and nobody reads faster.
+        """
+        now = time.monotonic()
+        is_round = now >= self._next_round
+        if is_round:
+            self._next_round = now + min(LONGEST_PAUSE, max(PAUSE, PAUSE_EACH * len(sequences)))
+        letters = [(sequence, sequence.news()) for sequence in sequences if is_round or sequence.is_urgent]
+        _post([(sequence, delta) for sequence, delta in letters if delta is not None])
 
     def _fail(self, running: Running[Sequence], error: Exception) -> None:
         logger.warning("a request fails: %s", error)

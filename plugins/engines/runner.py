@@ -61,7 +61,6 @@ class Decoding:
     rows: torch.Tensor  # [sequences]
     positions: torch.Tensor  # [sequences]: where the token comes
     top: int  # rows of the slab that are read
-    longest: int  # keys that are read
     masks: dict[int | None, torch.Tensor | None]
 
     @property
@@ -71,13 +70,13 @@ class Decoding:
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
         """[rows, 1, 1, keys], to be added to the scores; None where every key is seen."""
         if window not in self.masks:
-            keys, here = torch.arange(self.longest, device=self.rows.device), self.positions[:, None]
+            keys, here = torch.arange(self.slab.capacity, device=self.rows.device), self.positions[:, None]
             hidden = keys > here
             if window is not None:
                 hidden |= keys <= here - window
             mask = None
             if bool(hidden.any()):
-                mask = torch.zeros(self.top, self.longest, dtype=dtype, device=hidden.device)
+                mask = torch.zeros(self.top, self.slab.capacity, dtype=dtype, device=hidden.device)
                 mask[self.rows] = mask[self.rows].masked_fill_(hidden, torch.finfo(dtype).min)
                 mask = mask[:, None, None]
             self.masks[window] = mask
@@ -157,9 +156,8 @@ class Attention:
             spread = queries.new_zeros(part.top, *queries.shape[1:])
             spread[part.rows] = queries
             queries = spread
-        seen = slice(part.longest)
-        mask = part.mask(rule.window, query.dtype)
-        result = _attend(queries, keys[: part.top, :, seen], values[: part.top, :, seen], mask, rule)
+        # Whole rows: what has gaps, torch would copy before it multiplies.
+        result = _attend(queries, keys[: part.top], values[: part.top], part.mask(rule.window, query.dtype), rule)
         return result if part.is_dense else result[part.rows]
 
     def _read(
@@ -289,7 +287,6 @@ class Runner:
                     rows=torch.tensor([place.row for place in places], device=self.device),
                     positions=torch.tensor([place.length for place in places], device=self.device),
                     top=places[-1].row + 1,
-                    longest=max(place.length for place in places) + 1,
                     masks={},
                 )
             )

@@ -1,7 +1,6 @@
 """One request under way: its tokens so far, how the next is chosen, what text there is, and who waits for it."""
 
 import asyncio
-import math
 from contextlib import suppress
 
 import torch
@@ -54,6 +53,9 @@ class Sequence:
         self._echo, self._offsets = voice.echo(request, prompt) if request.echo else ("", [0] * len(prompt))
         self._said = False  # whether there has been a Delta with text
         self._logprobs: list[TokenLogprob] = []  # of tokens whose text is still to come
+        self._unsent: list[Delta] = []
+        self._sent = False  # whether anything has been
+        self.finished = False
 
     def score_prompt(self, start: int, logits: torch.Tensor) -> None:
         """Note how likely the prompt is. Row i of `logits` [n, vocab] comes after its token `start` + i.
@@ -64,8 +66,26 @@ class Sequence:
         found = score(logits[: len(tokens)], tokens, [self._scores_wanted] * len(tokens))
         self._scores[start + 1 : start + 1 + len(found)] = found
 
-    def accept(self, choice: Choice) -> Delta:
-        """The answer grows by a token: what there is to say now. With a limit of 0 it does not grow, and ends."""
+    @property
+    def is_urgent(self) -> bool:
+        """Whether what there is to say should not wait: it is the beginning of the answer, or its end."""
+        return self.finished or not self._sent
+
+    def news(self) -> Delta | None:
+        """What there is to say since the last time, if anything."""
+        if not self._unsent:
+            return None
+        deltas, self._unsent, self._sent = self._unsent, [], True
+        return Delta.joined(deltas)
+
+    def accept(self, choice: Choice) -> None:
+        """The answer grows by a token. With a limit of 0 it does not grow, and ends."""
+        delta = self._grow(choice)
+        self.finished = delta.finish_reason is not None
+        if delta.text or self.finished:
+            self._unsent.append(delta)
+
+    def _grow(self, choice: Choice) -> Delta:
         if self._limit == 0:
             return self._delta("", "length")
         token = choice.token
@@ -131,30 +151,18 @@ class Mailbox:
         self.loop = loop
         self._deltas: list[Delta] = []
         self._error: Exception | None = None
-        self._filled, self._ended = asyncio.Event(), asyncio.Event()
-        self._taken = -math.inf  # when something was, on the loop's clock
+        self._filled = asyncio.Event()
 
     def put(self, news: Delta | Exception) -> None:
         if isinstance(news, Delta):
             self._deltas.append(news)
         else:
             self._error = news
-        if self._error is not None or self._deltas[-1].finish_reason is not None:
-            self._ended.set()
         self._filled.set()
 
-    async def take(self, pause: float = 0.0) -> Delta:
-        """All that has come since the last time, as one Delta: a slow consumer gets longer pieces, never a backlog.
-
-        The first comes at once, the others `pause` seconds apart, but that the end never waits.
-        """
+    async def take(self) -> Delta:
+        """All that has come since the last time, as one Delta: a slow consumer gets longer pieces, never a backlog."""
         await self._filled.wait()
-        left = self._taken + pause - self.loop.time()
-        if left > 0:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._ended.wait()
-        self._taken = self.loop.time()
         self._filled.clear()
         if self._error is not None:
             raise self._error

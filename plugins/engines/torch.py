@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,12 @@ class TorchEngine:
     def _open(self, options: Torch, cpus: float, gpus: float) -> tuple[Runner, Scheduler[Sequence]]:
         """Load the model; what requests are checked against is known then."""
         hardware.use_cpus(cpus)
+        with ExitStack() if gpus else hardware.pin_threads(cpus) as claim:
+            opened = self._load(options, gpus)
+            self._cpus = claim.pop_all()
+            return opened
+
+    def _load(self, options: Torch, gpus: float) -> tuple[Runner, Scheduler[Sequence]]:
         if options.weights == "int8" and gpus:
             raise UserError("Torch.weights = 'int8': on CPUs only; on a GPU leave it at 'same'")
         tokenizer, model = load(AutoTokenizer, self._source), _load_model(self._source, gpus)
@@ -97,7 +104,7 @@ class TorchEngine:
         try:
             finished = False
             while not finished:
-                delta = await sequence.mailbox.take(self._batcher.pause)
+                delta = await sequence.mailbox.take()
                 finished = delta.finish_reason is not None
                 yield delta
         finally:
@@ -106,9 +113,9 @@ class TorchEngine:
     async def load_adapter(self, name: str, run: Path) -> None:
         """As in Engine. A name in use gets the new adapter: answers under way end with the one they began with."""
         async with self._loading:
-            await self._load(name, run)
+            await self._load_run(name, run)
 
-    async def _load(self, name: str, run: Path) -> None:
+    async def _load_run(self, name: str, run: Path) -> None:
         directory, voice = await asyncio.to_thread(self._open_run, run)
         # A key of our own: the old and the new one of a name are there together.
         self._loaded += 1
@@ -136,6 +143,7 @@ class TorchEngine:
     async def close(self) -> None:
         await asyncio.to_thread(self._batcher.close)
         self._reader.shutdown(wait=False)
+        self._cpus.close()
 
     def _present(self, name: str | None) -> _Adapter | None:
         return self._base if name is None else self._adapters.get(name)
@@ -150,7 +158,7 @@ class TorchEngine:
                     raise RequestError(f"there is no adapter {name!r}; {choices(name, self._runs)}", "model")
                 if name not in self._adapters:
                     try:
-                        await self._load(name, self._runs[name])
+                        await self._load_run(name, self._runs[name])
                     except UserError as error:
                         raise RequestError(f"adapter {name!r} cannot be read again: {error}", "model") from error
         adapter = self._adapters.pop(name)

@@ -86,7 +86,7 @@ def on_ray(config: FinetuneConfig, warmup: int) -> None:
     Exact where every step has as many tokens. Reports are as rare as the warm-up is long: what Ray does with one takes time
     of the same cores.
     """
-    cluster.authenticate()  # before Ray is imported
+    cluster.prepare()  # before Ray is imported
     from finetune.run import finetune
 
     with tempfile.TemporaryDirectory() as output:
