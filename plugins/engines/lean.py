@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 L = TypeVar("L", Linear, Embedding)
 
+FEW = 32  # tokens: with more, what operators cost by themselves is little
 ALIKE = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
 
@@ -98,7 +99,8 @@ class _Block:
         seen = step.attention(self._number, query, key, value, scale=self._scale, window=self._window)
         x = self._o.added(seen.flatten(1), x)
         both = self._gate_up(self._after(x))
-        return self._down.added(functional.silu(both[:, : self._inner]) * both[:, self._inner :], x)
+        gate, up = both.split(self._inner, -1)
+        return self._down.added(functional.silu(gate, inplace=True) * up, x)
 
 
 class _Norm:
@@ -110,7 +112,7 @@ class _Norm:
         self._twice = self._weight.repeat(2)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or len(x) > FEW:
             return functional.rms_norm(x, (self._width,), self._weight, self._eps)
         # There torch makes it of eight operators. x beside -x has the mean 0, so that its LayerNorm is the RMSNorm of x.
         both = torch.cat((x, -x), -1)
