@@ -6,6 +6,8 @@ attention that reads and writes our cache; for the usual architectures lean.py d
 
 import inspect
 import itertools
+import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -48,7 +50,13 @@ class Tables:
                 new[target.row, :, to : to + tokens] = old[source.row, :, at : at + tokens]
 
     def _zeros(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+        if self._device.type != "cpu":
+            return torch.zeros(shape, dtype=self._dtype, device=self._device)
+        # Memory that the kernel zeroes where it is first touched: all at once would hold up everyone for some steps.
+        memory = mmap.mmap(-1, math.prod(shape) * self._dtype.itemsize)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # on Linux; without, each 4 KiB is a fault of its own
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=self._dtype).view(shape)
 
 
 @dataclass(frozen=True)

@@ -123,10 +123,10 @@ class Scheduler(Generic[R]):
         self.cache.free(running.place)
 
     def _chunk(self, decoding: int) -> int:
-        """Tokens of prompts for a step in which `decoding` sequences decode: by the count of BALANCE, it then takes 2.5
+        """Tokens of prompts for a step in which `decoding` sequences decode: by the count of BALANCE, it then takes three
         times as long as without. Where nobody waits for the next token, as many as are computed well.
         """
-        return int(1.5 * (self._balance + decoding)) if decoding else 16 * self._balance
+        return 2 * (self._balance + decoding) if decoding else 16 * self._balance
 
     def _drop_abandoned(self) -> None:
         for running in [running for running in self.running if running.sequence.abandoned]:
