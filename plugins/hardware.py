@@ -83,13 +83,13 @@ def pin_threads(cpus: float) -> ExitStack:
     (TASKS / str(me) / "comm").write_text(name)
     torch.zeros(2**20).add_(1)  # makes the team
     team = [int(task.name) for task in TASKS.iterdir() if (task / "comm").read_text().strip() == name]
-    places, claim = _claim_cpus(threads) if len(team) == threads else ([], ExitStack())
+    places, claim = claim_cpus(threads) if len(team) == threads else ([], ExitStack())
     for thread, cpu in zip([me, *(one for one in team if one != me)], places, strict=bool(places)):
         os.sched_setaffinity(thread, {cpu})
     return claim
 
 
-def _claim_cpus(count: int) -> tuple[list[int], ExitStack]:
+def claim_cpus(count: int) -> tuple[list[int], ExitStack]:
     """CPUs of one NUMA node, if it has so many to give, and what keeps them ours; no CPUs where there are too few."""
     nodes = [[int(cpu.name[3:]) for cpu in node.glob("cpu[0-9]*")] for node in sorted(SYSTEM.glob("node/node[0-9]*"))]
     every = sorted(os.sched_getaffinity(0))

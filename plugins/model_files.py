@@ -1,4 +1,4 @@
-"""What a model directory must hold, checked before anything heavy loads it."""
+"""What the directory of a model, or of an adapter, must hold, checked before anything heavy loads it."""
 
 from pathlib import Path
 
@@ -29,3 +29,14 @@ def check_model_files(source: ModelSource, field: str) -> None:
 
 def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in TOKENIZERS)
+
+
+def adapter_directory(run: Path) -> Path:
+    """Where the adapter of run directory `run` lies. Raises UserError where there is none."""
+    if not run.is_dir():
+        raise UserError(f"run {run}: no such directory")
+    if not (run / "adapter").is_dir():
+        if (run / "model").is_dir():
+            raise UserError(f"run {run} is a full finetune, not an adapter: serve {run / 'model'} as a model")
+        raise UserError(f"run {run} has no adapter/: it is not a finished LoRA run")
+    return run / "adapter"

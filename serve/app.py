@@ -12,6 +12,8 @@ from ray import serve
 from ray.serve.context import _get_global_client
 
 from plugins import cluster
+from plugins.engines import OwnEnvironment
+from plugins.environments import Environment
 from plugins.model_files import check_model_files
 from plugins.runs import Run, find_runs, read_run, same_base
 from plugins.spec import UserError
@@ -26,6 +28,9 @@ Runs = Mapping[str, str]  # adapter name -> run directory, absolute
 # beside one other busy process a step then took up to a second. Of 30, 100 and 300 thousand this served best.
 SHORT_WAITS = {"GOMP_SPINCOUNT": "100000"}
 
+# What in a runtime_env says which Python a replica runs in.
+PYTHONS = {"py_executable", "pip", "uv", "conda", "image_uri", "container"}
+
 
 def deploy(config: ServeConfig) -> list[str]:
     """Serve `config` on the Ray cluster that this process is connected to; returns the model ids once they answer.
@@ -33,6 +38,7 @@ def deploy(config: ServeConfig) -> list[str]:
     Raises UserError before anything starts, for models and runs that are not there and a cluster that is too small.
     """
     runs = find_adapters(config, cluster.output_root())
+    check_environments(config)
     _check_cluster(config)
     _check_endpoint(config)
     _say_wait(config)
@@ -77,10 +83,12 @@ def build(config: ServeConfig, runs: Mapping[str, Runs]) -> serve.Application:
 
 def _deployment(model: ServedModel, runs: Runs) -> serve.Application:
     own = model.runtime_env or {}
+    environment = _environment(model)
+    place = {"py_executable": environment.python} if environment else {}
     actor = {
         "num_cpus": model.cpus,
         "num_gpus": model.gpus,
-        "runtime_env": own | {"env_vars": SHORT_WAITS | own.get("env_vars", {})},
+        "runtime_env": own | place | {"env_vars": SHORT_WAITS | own.get("env_vars", {})},
     }
     scaling = {
         "min_replicas": model.replicas.min,
@@ -102,6 +110,20 @@ def _deployment(model: ServedModel, runs: Runs) -> serve.Application:
     if model.makes_embeddings:
         return deployment(EmbeddingDeployment).bind(model)
     return deployment(ModelDeployment).bind(model, dict(runs))
+
+
+def check_environments(config: ServeConfig) -> None:
+    """Raise UserError where an engine's own environment is missing or broken."""
+    for index, model in enumerate(config.models):
+        if environment := _environment(model):
+            environment.check(f"models.{index}.engine = {type(model.engine).__name__}")
+
+
+def _environment(model: ServedModel) -> Environment | None:
+    """What its replicas run in, where that is neither what runs here nor made by Ray as the config says."""
+    if not isinstance(model.engine, OwnEnvironment) or PYTHONS & (model.runtime_env or {}).keys():
+        return None
+    return Environment.find(model.engine.environment, gpus=model.gpus)
 
 
 def find_adapters(config: ServeConfig, root: Path) -> dict[str, dict[str, str]]:

@@ -26,8 +26,8 @@ class ServedModel:
 
     `engine`: what computes it; Embedder() for a model that makes embeddings instead of text.
     `adapters`: run directories such as "outputs/demo_lora"; a pattern such as "outputs/*" takes every finished LoRA run
-    that was made from this base. `cpus` and `gpus` are of one replica. `runtime_env`: Ray's, for an engine that lives in
-    an environment of its own.
+    that was made from this base. `cpus` and `gpus` are of one replica. `runtime_env`: Ray's; with "pip", "uv" or
+    "py_executable" in it, an engine that needs an environment of its own runs in that one.
     """
 
     id: str

@@ -436,7 +436,7 @@ def test_a_prompt_may_be_scored_in_any_pieces_beside_others(engine: TorchEngine,
         logits = torch.randn(len(tokens), 384, generator=torch.Generator().manual_seed(0))
         for begin in (*range(0, len(tokens), size), 0):  # a piece may come again
             sequence.score_prompt(begin, logits[begin : begin + size])
-        sequence.accept(choose(logits[-1:], [sequence.sampler])[0])
+        sequence.take(choose(logits[-1:], [sequence.sampler])[0])
         news = sequence.news()
         assert news is not None
         return news

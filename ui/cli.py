@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_url(verb)
     verb.set_defaults(act=_models)
 
+    verb = verbs.add_parser("engines", help="list the engines that can serve a model, and whether they are here")
+    verb.set_defaults(act=_engines)
+
     verb = verbs.add_parser("runs", help="list finetuning runs")
     _add_output(verb)
     verb.set_defaults(act=_runs)
@@ -212,6 +215,14 @@ def _ask() -> str | None:
 def _models(options: argparse.Namespace) -> None:
     for model in Platform(options.url).models():
         print(model)
+
+
+def _engines(options: argparse.Namespace) -> None:
+    rows = [
+        (one.name, one.environment or "main", one.needs or "what Manta needs", one.problem or "yes")
+        for one in Platform().engines()
+    ]
+    _table(("ENGINE", "ENVIRONMENT", "NEEDS", "HERE"), rows, empty="")
 
 
 def _runs(options: argparse.Namespace) -> None:

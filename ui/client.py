@@ -54,6 +54,16 @@ class Application:
 
 
 @dataclass(frozen=True)
+class EngineStatus:
+    """An engine, an environment that it may run in (None: the main one), what that has to hold, and why it cannot, if so."""
+
+    name: str
+    environment: str | None
+    needs: str
+    problem: str | None
+
+
+@dataclass(frozen=True)
 class Status:
     size: str
     free_cpus: float
@@ -208,6 +218,21 @@ class Platform:
         from serve.app import serve_until_interrupted
 
         serve_until_interrupted(config)
+
+    def engines(self) -> list[EngineStatus]:
+        """The engines that a config can name, one row for each environment that they may run in."""
+        from plugins.engines import SPECS
+        from plugins.environments import Environment
+
+        found = []
+        for spec in SPECS:
+            if (own := getattr(spec, "environment", None)) is None:
+                found.append(EngineStatus(spec.__name__, None, "", None))
+                continue
+            for one in dict.fromkeys(Environment.find(own, gpus=gpus) for gpus in (0, 1)):
+                needs = ", ".join(map(str, one.needs))
+                found.append(EngineStatus(spec.__name__, one.name, needs, one.problem()))
+        return found
 
     def models(self) -> list[str]:
         """The ids of the models that the endpoint serves."""

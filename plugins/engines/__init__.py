@@ -2,14 +2,15 @@
 
 An engine spec is light and picklable: it travels in a config to the replica, and imports its library there, in `start`.
 To add an engine, write a spec with `start` and an object with the verbs of Engine; pass the spec in a ServedModel. For
-embeddings it is a spec with `start_embedder`, and an EmbeddingEngine.
+embeddings it is a spec with `start_embedder`, and an EmbeddingEngine. Where its library contradicts ours, the spec has an
+`environment`, and the replica runs there.
 """
 
 import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, runtime_checkable
 
 from plugins.spec import UserError, at_least, spec
 from plugins.types import Delta, GenerateRequest, ModelSource
@@ -51,6 +52,13 @@ class EngineSpec(Protocol):
         ...
 
 
+@runtime_checkable
+class OwnEnvironment(Protocol):
+    """A spec of an engine that lives in an environment of its own, one of pyproject.toml's [dependency-groups]."""
+
+    environment: ClassVar[str]  # on GPUs it is NAME-gpu, where there is such a group
+
+
 @spec
 class Torch:
     """transformers' models with a KV cache, continuous batching and adapters of our own, on CPU or GPU.
@@ -74,6 +82,38 @@ class Torch:
         from plugins.engines.torch import TorchEngine
 
         return TorchEngine(source, self, cpus=cpus, gpus=gpus)
+
+
+@spec
+class Vllm:
+    """vLLM's engine, on CPU or GPU; with several GPUs, the model is split over them.
+
+    `max_batch`: sequences computed together; more wait. `max_length`: tokens of prompt and answer together; None is what
+    the model was made for, at most 4096. `kv_memory`: what keys and values may take: a size ("2GiB", "512MiB"), or on CPUs
+    a share of the memory that is free ("25%"), on GPUs a share of all of it, with the model in it; None is "25%" on CPUs
+    and "90%" on GPUs. `quantization`: vLLM's name for it, such as "fp8"; None is what the model's files say.
+    `max_adapters`: adapters beside the base, for each of which it takes the memory that `max_rank` needs, used or not.
+    `compiled`: compile the model, for which a start takes a minute or more.
+    """
+
+    environment: ClassVar[str] = "vllm"
+
+    max_batch: Annotated[int, at_least(1)] = 64
+    max_length: Annotated[int | None, at_least(1)] = None
+    kv_memory: str | None = None
+    quantization: str | None = None
+    max_adapters: Annotated[int, at_least(0)] = 4
+    max_rank: Literal[8, 16, 32, 64, 128, 256] = 64
+    compiled: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kv_memory is not None:
+            memory_size(self.kv_memory, free=1, field="Vllm.kv_memory")
+
+    def start(self, source: ModelSource, cpus: float, gpus: float = 0) -> Engine:
+        from plugins.engines.vllm import VllmEngine
+
+        return VllmEngine(source, self, cpus=cpus, gpus=gpus)
 
 
 def memory_size(written: str, *, free: int, field: str) -> int:
@@ -134,3 +174,6 @@ class Embedder:
         from plugins.engines.embeddings import EncoderEngine
 
         return EncoderEngine(source, max_batch=self.max_batch, max_length=self.max_length, cpus=cpus, gpus=gpus)
+
+
+SPECS = (Torch, Vllm, Embedder)  # what a config can name; a spec from elsewhere needs no entry

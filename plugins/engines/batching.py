@@ -170,7 +170,7 @@ class Batcher:
         last = logits if len(ended) == len(logits) else logits[[part.stop - 1 for _, part in ended]]
         choices = choose(last, [piece.running.sequence.sampler for piece, _ in ended]) if ended else []
         for (piece, _), choice in zip(ended, choices, strict=True):
-            piece.running.sequence.accept(choice)
+            piece.running.sequence.take(choice)
             if piece.running.sequence.finished:
                 self._scheduler.finish(piece.running)
         self._send([piece.running.sequence for piece, _ in ended])

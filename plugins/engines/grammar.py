@@ -15,6 +15,8 @@ KEPT = 64  # compiled grammars of one tokenizer; the one that was asked for long
 # Between the parts of JSON: a space, or a new line with its indent. Bounded: a model that begins with blanks may never end.
 BLANK = r"(\x20|\r?\n[\x20\t]{0,32})"
 
+ANY_OBJECT = '{"type": "object"}'
+
 FUEL = (
     200_000  # steps to compile expressions: a schema of hundreds of fields takes half; (a{1000}){1000} stops in 0.1 s
 )
@@ -80,14 +82,20 @@ class Grammars:
         return matcher
 
 
+def lark(constraint: Constraint) -> str:
+    """An expression, or one of several texts, as a grammar in Lark's syntax."""
+    from llguidance import regex_to_lark
+
+    if constraint.kind == "regex":  # with \d and \w in ASCII, as in the patterns of a JSON schema
+        return f"start: /{regex_to_lark(constraint.value, 'dw')}/"
+    return "start: " + " | ".join(json.dumps(text) for text in constraint.value)
+
+
 def _grammar(constraint: Constraint) -> str:
     """The constraint in llguidance's own words. Raises ValueError for a schema that is not JSON."""
-    from llguidance import LLMatcher, regex_to_lark
+    from llguidance import LLMatcher
 
-    value = constraint.value
-    if constraint.kind == "regex":  # with \d and \w in ASCII, as in the patterns of a JSON schema
-        return str(LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(value, 'dw')}/"))
-    if constraint.kind == "choice":
-        return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in value)))
-    schema = value if constraint.kind == "json_schema" else '{"type": "object"}'
+    if constraint.kind in ("regex", "choice"):
+        return str(LLMatcher.grammar_from_lark(lark(constraint)))
+    schema = constraint.value if constraint.kind == "json_schema" else ANY_OBJECT
     return str(LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": BLANK}))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from plugins.engines.answer import Choice
 from plugins.engines.grammar import Matcher
 from plugins.types import GenerateRequest
 
@@ -51,19 +52,6 @@ class Sampling:
         asked = {name: getattr(request, name) for name in cls.__dataclass_fields__}
         known = {name: own[name] for name in cls.__dataclass_fields__ if name in own}
         return cls(**known | {name: value for name, value in asked.items() if value is not None})
-
-
-def own_defaults(generation_config: Any) -> dict[str, Any]:
-    """The defaults that a model's generation_config has for the fields of a request.
-
-    How to draw counts only where it says do_sample: as in transformers, the values are nothing without it.
-    """
-    names = {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
-    if generation_config.do_sample:
-        names |= {name: name for name in ("temperature", "top_p", "top_k", "min_p")}
-    # Only what the file says: older versions of transformers fill in defaults of their own, such as 50 for top_k.
-    said = generation_config.to_diff_dict()
-    return {ours: said[theirs] for theirs, ours in names.items() if said.get(theirs) is not None}
 
 
 class Sampler:
@@ -121,15 +109,6 @@ class Sampler:
             self.said[token] += 1
         if self.grammar is not None:
             self.grammar.take(token)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A token, and where it was asked for its log-probability, and the likeliest tokens with theirs, the best first."""
-
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
 
 
 def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Choice]:

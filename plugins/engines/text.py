@@ -5,15 +5,19 @@ No torch here: any engine that counts in tokens may use it.
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
 from plugins.engines.grammar import Grammars
+from plugins.model_files import has_tokenizer
+from plugins.pretrained import load
+from plugins.spec import UserError
 from plugins.template import Tokenizer, conversation_text, end_of_turn
-from plugins.types import GenerateRequest, Message, RequestError
+from plugins.types import GenerateRequest, Message, ModelSource, RequestError
 
 CUT = "\ufffd"  # what a decoder puts where the bytes of a character are not all there
 WINDOW = 16  # tokens decoded again for each new one: enough for the context that a decoder wants
@@ -56,16 +60,32 @@ class Voice:
 
     tokenizer: Tokenizer
     ends: frozenset[int]
+    eos: tuple[int, ...] = ()  # those of them that the model's generation config says
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, eos: int | list[int] | None) -> "Voice":
         """`eos`: the end tokens of the model's generation config; the tokenizer's and the template's are added."""
-        ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+        said = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        ends = {tokenizer.eos_token_id, *said}
         if tokenizer.chat_template is not None:
             # A template that refuses a plain exchange says nothing about its end.
             with suppress(TemplateError):
                 ends.add(end_of_turn(tokenizer))
-        return cls(tokenizer, frozenset(token for token in ends if token is not None))
+        return cls(tokenizer, frozenset(token for token in ends if token is not None), said)
+
+    def of_run(self, run: Path, source: ModelSource, tokens: int) -> "Voice":
+        """The voice of the adapter in run directory `run`, of this base: its own tokenizer's, where it has brought one.
+
+        Raises UserError for one with more tokens than the base, which has `tokens`.
+        """
+        if not has_tokenizer(run):
+            return self
+        from transformers import AutoTokenizer  # heavy, and who has a base voice has it already
+
+        tokenizer = load(AutoTokenizer, replace(source, path=str(run.absolute()), revision=None))
+        if len(tokenizer) > tokens:
+            raise UserError(f"run {run} does not fit the base: it has {len(tokenizer)} tokens, the base {tokens}")
+        return Voice.of(tokenizer, list(self.eos))
 
     @cached_property
     def grammars(self) -> Grammars:

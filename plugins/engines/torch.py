@@ -6,9 +6,7 @@ next tokens (sampling.py).
 """
 
 import asyncio
-import dataclasses
 import logging
-import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,20 +22,18 @@ from plugins.engines import Torch, memory_size
 from plugins.engines.adapters import NONE
 from plugins.engines.batching import Batcher
 from plugins.engines.cache import SMALLEST, Cache
+from plugins.engines.limits import answer_length, check_numbers, longest, own_defaults
 from plugins.engines.runner import Runner
-from plugins.engines.sampling import Sampling, own_defaults
+from plugins.engines.sampling import Sampling
 from plugins.engines.scheduler import BALANCE, Scheduler
 from plugins.engines.sequence import Sequence
-from plugins.engines.text import Voice, prompt_field
-from plugins.model_files import check_model_files, has_tokenizer
+from plugins.engines.text import Voice
+from plugins.model_files import adapter_directory, check_model_files
 from plugins.pretrained import load
 from plugins.spec import UserError, choices
 from plugins.types import Delta, GenerateRequest, ModelSource, RequestError
 
 log = logging.getLogger(__name__)
-
-MOST_LOGPROBS = 20  # alternatives a token, as vLLM has it: each is looked up and sent
-LONGEST = 4096  # tokens of prompt and answer where the user sets no max_length: what a cache for a batch may cost
 
 
 @dataclass(frozen=True)
@@ -76,13 +72,12 @@ class TorchEngine:
         if options.weights == "int8" and gpus:
             raise UserError("Torch.weights = 'int8': on CPUs only; on a GPU leave it at 'same'")
         tokenizer, model = load(AutoTokenizer, self._source), _load_model(self._source, gpus)
-        self._eos: int | list[int] | None = model.generation_config.eos_token_id
-        self._defaults = own_defaults(model.generation_config)
+        self._defaults = own_defaults(model.generation_config.to_diff_dict())
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self._tokens = max(self._vocabulary, len(tokenizer))
-        self._base = _Adapter(NONE, Voice.of(tokenizer, self._eos))
+        self._base = _Adapter(NONE, Voice.of(tokenizer, model.generation_config.eos_token_id))
         config = model.config.get_text_config()
-        wanted = _length(config, options.max_length)
+        wanted = longest(config, options.max_length, "Torch.max_length")
         runner = Runner(model, weights=options.weights)
         runner.check_length(config, wanted)
         cache = Cache(runner.tables, budget=_kv_tokens(options, runner, wanted), longest=wanted)
@@ -167,22 +162,9 @@ class TorchEngine:
 
     def _sequence(self, request: GenerateRequest, adapter: _Adapter, loop: asyncio.AbstractEventLoop) -> Sequence:
         """`request` as what the batcher takes. Raises RequestError."""
-        _check_numbers(request, self._vocabulary)
+        check_numbers(request, self._vocabulary)
         prompt = adapter.voice.read(request, self._vocabulary)
-        room = self._max_length - len(prompt)
-        size = f"{len(prompt)} tokens of prompt, and this model takes {self._max_length} of prompt and answer together"
-        if room < (0 if request.max_tokens == 0 else 1):
-            raise RequestError(f"{prompt_field(request)} is too long: {size}", prompt_field(request))
-        for field in ("max_tokens", "min_tokens"):
-            wanted: int | None = getattr(request, field)
-            if wanted is not None and wanted > room:
-                raise RequestError(f"{field} = {wanted}: at most {room} ({size})", field)
-        limit = request.max_tokens
-        if limit is None:
-            limit = min(room, max(self._defaults.get("max_tokens", room), request.min_tokens or 1))
-        min_tokens = request.min_tokens
-        if min_tokens is None:  # a grammar ends where it ends
-            min_tokens = 0 if request.constraint else min(self._defaults.get("min_tokens", 0), limit)
+        limit, min_tokens = answer_length(request, prompt, self._max_length, self._defaults)
         return Sequence(
             request,
             prompt=prompt,
@@ -196,18 +178,8 @@ class TorchEngine:
 
     def _open_run(self, run: Path) -> tuple[Path, Voice]:
         """Where the adapter of run directory `run` lies, and how it is spoken to. Raises UserError."""
-        if not run.is_dir():
-            raise UserError(f"run {run}: no such directory")
-        if not (run / "adapter").is_dir():
-            if (run / "model").is_dir():
-                raise UserError(f"run {run} is a full finetune, not an adapter: serve {run / 'model'} as a model")
-            raise UserError(f"run {run} has no adapter/: it is not a finished LoRA run")
-        if not has_tokenizer(run):
-            return run / "adapter", self._base.voice
-        tokenizer = load(AutoTokenizer, dataclasses.replace(self._source, path=str(run.absolute()), revision=None))
-        if len(tokenizer) > self._tokens:
-            raise UserError(f"run {run} does not fit the base: it has {len(tokenizer)} tokens, the base {self._tokens}")
-        return run / "adapter", Voice.of(tokenizer, self._eos)
+        directory = adapter_directory(run)
+        return directory, self._base.voice.of_run(run, self._source, self._tokens)
 
 
 def _load_model(source: ModelSource, gpus: float) -> Any:
@@ -216,14 +188,6 @@ def _load_model(source: ModelSource, gpus: float) -> Any:
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     model = load(AutoModelForCausalLM, source, **{name: hardware.compute_dtype(source.dtype, device)})
     return model.to(device).eval().requires_grad_(False)
-
-
-def _length(config: Any, wanted: int | None) -> int:
-    """Tokens of prompt and answer together: `wanted`, or what the model was made for."""
-    made_for: int | None = getattr(config, "max_position_embeddings", None)
-    if wanted is not None and made_for is not None and wanted > made_for:
-        raise UserError(f"Torch.max_length = {wanted}: this model was made for at most {made_for} tokens")
-    return wanted or min(made_for or LONGEST, LONGEST)
 
 
 def _kv_tokens(options: Torch, runner: Runner, longest: int) -> int:
@@ -236,44 +200,3 @@ def _kv_tokens(options: Torch, runner: Runner, longest: int) -> int:
             f"Torch.kv_memory = {options.kv_memory!r}: {allowed / 2**20:.0f} MiB, at least {needed:.0f} MiB"
         )
     return tokens
-
-
-def _check_numbers(request: GenerateRequest, vocabulary: int) -> None:
-    """Raise RequestError for the first field whose value no answer can heed. `vocabulary`: the model's tokens."""
-
-    def within(field: str, low: float, high: float = sys.float_info.max) -> bool:
-        value = getattr(request, field)
-        return value is None or low <= value <= high
-
-    # A prompt may be read for its own sake.
-    least = 0 if request.echo or request.prompt_logprobs is not None else 1
-    most = min(MOST_LOGPROBS, vocabulary)
-    token = f"be tokens of this model (0 to {vocabulary - 1})"
-    rules = (
-        ("max_tokens", within("max_tokens", least), f"be at least {least}"),
-        ("min_tokens", within("min_tokens", 0), "be at least 0"),
-        ("stop", all(request.stop), "be without empty strings"),
-        ("stop_token_ids", all(0 <= found < vocabulary for found in request.stop_token_ids), token),
-        ("temperature", within("temperature", 0), "be at least 0"),
-        ("top_p", within("top_p", 0, 1) and request.top_p != 0, "be above 0 and at most 1"),
-        ("top_k", within("top_k", 0), "be at least 0 (0: all tokens)"),
-        ("min_p", within("min_p", 0, 1), "be from 0 to 1"),
-        ("repetition_penalty", within("repetition_penalty", 0) and request.repetition_penalty != 0, "be above 0"),
-        ("frequency_penalty", within("frequency_penalty", -2, 2), "be from -2 to 2"),
-        ("presence_penalty", within("presence_penalty", -2, 2), "be from -2 to 2"),
-        ("logit_bias", all(-100 <= bias <= 100 for bias in request.logit_bias.values()), "be from -100 to 100"),
-        ("logit_bias", all(0 <= found < vocabulary for found in request.logit_bias), token),
-        ("logprobs", within("logprobs", 0, most), f"be from 0 to {most}"),
-        ("prompt_logprobs", within("prompt_logprobs", 0, most), f"be from 0 to {most}"),
-    )
-    for field, holds, words in rules:
-        if not holds:
-            raise RequestError(f"{field} = {getattr(request, field)!r}: must {words}", field)
-    if request.max_tokens is not None and (request.min_tokens or 0) > request.max_tokens:
-        wrong = f"min_tokens = {request.min_tokens}: at most max_tokens, which is {request.max_tokens}"
-        raise RequestError(wrong, "min_tokens")
-    if request.constraint is not None:
-        # The answer ends where the grammar does, be that early or late.
-        for field, given in (("ignore_eos", request.ignore_eos), ("min_tokens", request.min_tokens)):
-            if given:
-                raise RequestError(f"{field} cannot be combined with {request.constraint.field}", field)
