@@ -111,7 +111,7 @@ class GenerateRequest:
 class TokenLogprob:
     """A token, and its log-probability in the model's own distribution: before any bias, penalty or temperature."""
 
-    token: int
+    token: int | None  # None: only the server that has the model knows it
     data: bytes  # UTF-8 in most cases; part of a character in some
     logprob: float | None  # None: the first token of a prompt, which nothing predicts
     top: tuple["TokenLogprob", ...] = ()  # the likeliest in its place, the best first
@@ -153,6 +153,20 @@ class RequestError(UserError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message, param)
         self.message, self.param = message, param
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class UnavailableError(RuntimeError):
+    """What the engine depends on cannot answer, whatever the request.
+
+    `retry_after_s`: when it may answer again; None: not before somebody mends it.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s)
+        self.message, self.retry_after_s = message, retry_after_s
 
     def __str__(self) -> str:
         return self.message

@@ -104,9 +104,9 @@ def _deployment(model: ServedModel, runs: Runs) -> serve.Application:
         max_queued_requests=512,
         max_constructor_retry_count=2,
     )
-    here = Path(model.source.path).expanduser().absolute()
-    source = replace(model.source, path=str(here)) if model.source.is_local else model.source
-    model = replace(model, source=source)
+    if model.source.is_local and not model.is_elsewhere:
+        here = Path(model.source.path).expanduser().absolute()
+        model = replace(model, source=replace(model.source, path=str(here)))
     if model.makes_embeddings:
         return deployment(EmbeddingDeployment).bind(model)
     return deployment(ModelDeployment).bind(model, dict(runs))
@@ -130,7 +130,8 @@ def find_adapters(config: ServeConfig, root: Path) -> dict[str, dict[str, str]]:
     """For each model id, its runs: name -> directory. `root` is what relative run directories are under."""
     found = {}
     for index, model in enumerate(config.models):
-        check_model_files(model.source, f"models.{index}.source.path")
+        if not model.is_elsewhere:
+            check_model_files(model.source, f"models.{index}.source.path")
         runs: dict[str, str] = {}
         for run in [
             run for entry in model.adapters for run in _matching(entry, model, root, f"models.{index}.adapters")

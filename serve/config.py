@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any
 
-from plugins.engines import EmbedderSpec, EngineSpec, Torch
+from plugins.engines import EmbedderSpec, EngineSpec, Torch, Upstream
 from plugins.spec import NOT_EMPTY, UserError, above, at_least, between, spec
 from plugins.types import ModelSource
 
@@ -24,7 +24,8 @@ class Replicas:
 class ServedModel:
     """A base model, known to clients as `id`, and the finetuned runs beside it, known as `id:run`.
 
-    `engine`: what computes it; Embedder() for a model that makes embeddings instead of text.
+    `engine`: what computes it; Embedder() for a model that makes embeddings instead of text; Upstream(...) for one on
+    another server, where `source` is no files but the model's name there.
     `adapters`: run directories such as "outputs/demo_lora"; a pattern such as "outputs/*" takes every finished LoRA run
     that was made from this base. `cpus` and `gpus` are of one replica. `runtime_env`: Ray's; with "pip", "uv" or
     "py_executable" in it, an engine that needs an environment of its own runs in that one.
@@ -47,6 +48,18 @@ class ServedModel:
             )
         if self.makes_embeddings and self.adapters:
             raise UserError(f"ServedModel.adapters = {self.adapters!r}: a model that makes embeddings takes none")
+        if self.is_elsewhere and self.adapters:
+            raise UserError(
+                f"ServedModel.adapters = {self.adapters!r}: the model is on another server and takes none; "
+                "have them served there, and give each a ServedModel of its own"
+            )
+        if self.is_elsewhere and self.source != ModelSource(self.source.path):
+            raise UserError("ServedModel.source: the model is on another server, and only its name there is heeded")
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether another server has the model: no files of it are looked for here."""
+        return isinstance(self.engine, Upstream)
 
     @property
     def makes_embeddings(self) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
@@ -15,7 +16,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.exceptions import HTTPException
 
 from plugins.engines import Embeddings
-from plugins.types import Delta, GenerateRequest, RequestError
+from plugins.types import Delta, GenerateRequest, RequestError, UnavailableError
 from serve.protocols import embeddings, openai
 from serve.routing import UnknownModelError, find_route, model_routes
 
@@ -181,7 +182,8 @@ async def _events(
                 yield chunks(index, delta)
         except Exception as error:
             # The status is sent; the client learns it from the stream, and the log keeps the traceback.
-            yield _event(openai.error(f"the answer broke off: {type(error).__name__}", kind="server_error"))
+            why = error.message if isinstance(error, UnavailableError) else type(error).__name__
+            yield _event(openai.error(f"the answer broke off: {why}", kind="server_error"))
             raise
     if include_usage:
         yield _event(answer.closing([lasts[index] for index in sorted(lasts)]))
@@ -208,7 +210,16 @@ def _explain_errors(app: FastAPI) -> None:
         first = error.exceptions[0]
         if isinstance(first, RequestError):
             return refused(request, first)
+        if isinstance(first, UnavailableError):
+            return unavailable(request, first)
         raise first
+
+    def unavailable(request: Request, error: UnavailableError) -> JSONResponse:
+        if error.retry_after_s is None:
+            return reply(502, error.message, "server_error", code="upstream_error")
+        response = reply(503, error.message, "server_error", code="unavailable")
+        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        return response
 
     def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         problem = error.errors()[0]
@@ -230,6 +241,7 @@ def _explain_errors(app: FastAPI) -> None:
     handlers: dict[type[Exception], Callable[..., Any]] = {
         UnknownModelError: unknown_model,
         RequestError: refused,
+        UnavailableError: unavailable,
         ExceptionGroup: several,
         RequestValidationError: malformed,
         BackPressureError: full,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, runtime_checkable
 
-from plugins.spec import UserError, at_least, spec
+from plugins.spec import NOT_EMPTY, UserError, above, at_least, spec
 from plugins.types import Delta, GenerateRequest, ModelSource
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class Engine(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         """Text as it is made; the last Delta has a finish_reason. Closing the iterator ends the generation.
 
-        Raises RequestError, before the first Delta, for a request that it cannot serve.
+        Raises RequestError, before the first Delta, for a request that it cannot serve; UnavailableError, at any time,
+        where what it depends on fails.
         """
         ...
 
@@ -116,6 +117,37 @@ class Vllm:
         return VllmEngine(source, self, cpus=cpus, gpus=gpus)
 
 
+@spec
+class Upstream:
+    """Another server that speaks OpenAI's protocol: vLLM, SGLang, llama.cpp, a hosted one. `source`: the model's name there.
+
+    `url`: its base, such as "http://gpu1:8001/v1". `api_key_env`: the environment variable of the replica that holds the
+    key. `connect_timeout_s`: to get through to it; `read_timeout_s`: without a word from it, before an answer and in it.
+    `retries`: of a request whose answer has not begun. After `breaker_failures` in a row requests fail at once, for
+    `breaker_pause_s`; then one tries. It only passes text on: `cpus=0.1` in the ServedModel is enough.
+    """
+
+    url: str
+    api_key_env: Annotated[str | None, NOT_EMPTY] = None
+    connect_timeout_s: Annotated[float, above(0)] = 5.0
+    read_timeout_s: Annotated[float, above(0)] = 60.0
+    retries: Annotated[int, at_least(0)] = 3
+    breaker_failures: Annotated[int, at_least(1)] = 5
+    breaker_pause_s: Annotated[float, above(0)] = 10.0
+
+    def __post_init__(self) -> None:
+        host = r"(\[[0-9a-fA-F:.]+\]|[^\s/?#@:\[\]]+)(:\d{1,5})?"
+        if not re.fullmatch(rf"https?://{host}(/[^\s?#]*)?", self.url):
+            raise UserError(
+                f'Upstream.url = {self.url!r}: the base of a server such as "http://host:8001/v1"; a key goes by api_key_env'
+            )
+
+    def start(self, source: ModelSource, cpus: float, gpus: float = 0) -> Engine:
+        from plugins.engines.upstream import UpstreamEngine
+
+        return UpstreamEngine(source.path, self)
+
+
 def memory_size(written: str, *, free: int, field: str) -> int:
     """Bytes of "25%" (of `free`), "2GiB" or "512MiB". Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|GiB|MiB)", written)
@@ -176,4 +208,4 @@ class Embedder:
         return EncoderEngine(source, max_batch=self.max_batch, max_length=self.max_length, cpus=cpus, gpus=gpus)
 
 
-SPECS = (Torch, Vllm, Embedder)  # what a config can name; a spec from elsewhere needs no entry
+SPECS = (Torch, Vllm, Upstream, Embedder)  # what a config can name; a spec from elsewhere needs no entry
