@@ -47,6 +47,11 @@ class ServedModel:
             )
         if self.makes_embeddings and self.adapters:
             raise UserError(f"ServedModel.adapters = {self.adapters!r}: a model that makes embeddings takes none")
+        if self.adapters and getattr(self.engine, "max_adapters", None) == 0:
+            engine = type(self.engine).__name__
+            raise UserError(
+                f"ServedModel.adapters = {self.adapters!r}: say how many: engine={engine}(max_adapters=...)"
+            )
 
     @property
     def makes_embeddings(self) -> bool:
