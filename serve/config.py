@@ -55,6 +55,11 @@ class ServedModel:
             )
         if self.is_elsewhere and self.source != ModelSource(self.source.path):
             raise UserError("ServedModel.source: the model is on another server, and only its name there is heeded")
+        if self.adapters and getattr(self.engine, "max_adapters", None) == 0:
+            engine = type(self.engine).__name__
+            raise UserError(
+                f"ServedModel.adapters = {self.adapters!r}: say how many: engine={engine}(max_adapters=...)"
+            )
 
     @property
     def is_elsewhere(self) -> bool:

@@ -124,6 +124,14 @@ def test_a_config_may_say_itself_what_the_replica_runs_in(project: Path, own: di
         check_environments(config(runtime_env={"env_vars": {"A": "1"}}))
 
 
+def test_adapters_for_an_engine_that_is_not_to_take_any_are_refused_in_the_config() -> None:
+    with pytest.raises(
+        UserError, match=r"adapters = \('outputs/\*',\): say how many: engine=Vllm\(max_adapters=\.\.\.\)"
+    ):
+        config(adapters=("outputs/*",))
+    assert config(adapters=("outputs/*",), engine=Vllm(max_adapters=2)).models[1].adapters
+
+
 def test_a_job_whose_code_is_a_copy_uses_the_environment_beside_the_python_that_runs(project: Path) -> None:
     folder = make(project / "main/.venv-vllm", fast_engine="2.1", ray=RAY)
     assert Environment.find("vllm").python == str(folder / "bin/python")

@@ -95,6 +95,7 @@ def served(folder: Path) -> Iterator[Served]:
     asked = {
         "model": str(folder / "base"),
         "port": port,
+        "length": LENGTH,
         "runs": {"run": str(folder / "run"), "again": str(folder / "run")},
         "refused": {name: str(folder / name) for name in names},
     }
@@ -289,7 +290,7 @@ def test_an_adapter_that_cannot_be_served_is_refused_in_one_line(served: Served)
         "half": "does not fit the base: it has nothing for input_layernorm",
         "full": "full finetune, not an adapter",
         "nowhere": "no such directory",
-        "run": r"Vllm\.max_adapters = 2, and so many there are",
+        "run": r"Vllm\.max_adapters = 2, and there are as many",
     }
     for name, words in wanted.items():
         assert re.search(words, served.refused[name] or ""), (name, served.refused[name])
@@ -321,3 +322,14 @@ def test_an_engine_that_has_died_says_so(served: Served) -> None:  # the last to
     core.kill()
     wait_for(lambda: httpx.get(f"{served.url}/check").status_code == 500)
     assert served.ask()[0] == 500
+
+
+def test_a_server_that_is_killed_leaves_nothing_behind(folder: Path) -> None:
+    asked = {"model": str(folder / "base"), "port": 0, "length": 256, "runs": {}, "refused": {}}
+    with side("serve", asked) as process:
+        assert process.stdout is not None
+        assert "{}\n" in process.stdout  # it is ready
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(children) > 2
+    assert psutil.wait_procs(children, 20)[1] == []

@@ -15,12 +15,12 @@ from serve.ingress import api
 
 
 def start(model: str, **options: Any) -> Engine:
-    return Vllm(**({"compiled": False, "kv_memory": "64MiB"} | options)).start(ModelSource(model, dtype="fp32"), cpus=1)
+    return Vllm(**({"kv_memory": "64MiB"} | options)).start(ModelSource(model, dtype="fp32"), cpus=1)
 
 
-async def serve(model: str, port: int, runs: dict[str, str], refused: dict[str, str]) -> None:
+async def serve(model: str, port: int, length: int, runs: dict[str, str], refused: dict[str, str]) -> None:
     """Serve `model` and its `runs`; "gone" is an adapter that is routed and not loaded. Prints why others are refused."""
-    engine = start(model, max_batch=4, max_length=20_000, max_adapters=2, max_rank=8)
+    engine = start(model, max_batch=4, max_length=length, max_adapters=2, max_rank=8)
     for name, run in runs.items():
         await engine.load_adapter(name, Path(run))
     print(json.dumps({name: await _refusal(engine, run) for name, run in refused.items()}), flush=True)

@@ -93,8 +93,9 @@ class Vllm:
     the model was made for, at most 4096. `kv_memory`: what keys and values may take: a size ("2GiB", "512MiB"), or on CPUs
     a share of the memory that is free ("25%"), on GPUs a share of all of it, with the model in it; None is "25%" on CPUs
     and "90%" on GPUs. `quantization`: vLLM's name for it, such as "fp8"; None is what the model's files say.
-    `max_adapters`: adapters beside the base, for each of which it takes the memory that `max_rank` needs, used or not.
-    `compiled`: compile the model, for which a start takes a minute or more.
+    `max_adapters`: adapters beside the base. With room for any, the base is slower too, on CPUs much, and for each it
+    takes the memory that `max_rank` needs, used or not.
+    `compiled`: compile the model, so that a start takes minutes; None is yes on GPUs, where it is worth that, no on CPUs.
     """
 
     environment: ClassVar[str] = "vllm"
@@ -103,9 +104,9 @@ class Vllm:
     max_length: Annotated[int | None, at_least(1)] = None
     kv_memory: str | None = None
     quantization: str | None = None
-    max_adapters: Annotated[int, at_least(0)] = 4
+    max_adapters: Annotated[int, at_least(0)] = 0
     max_rank: Literal[8, 16, 32, 64, 128, 256] = 64
-    compiled: bool = True
+    compiled: bool | None = None
 
     def __post_init__(self) -> None:
         if self.kv_memory is not None:

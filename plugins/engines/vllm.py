@@ -6,8 +6,10 @@ them here again (answer.py): so prompts, stops and text are those of every other
 
 import asyncio
 import json
+import multiprocessing
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -89,7 +91,8 @@ class VllmEngine:
             if not gpus:
                 os.environ |= _threads(cpus, stack)
             self._engine = _start(source, options, self._max_length, gpus)
-            self._cpus = stack.pop_all()
+            stack.callback(_watch().kill)
+            self._claims = stack.pop_all()
         said = self._engine.model_config.try_get_generation_config()
         self._defaults = own_defaults(said)
         self._vocabulary: int = self._engine.model_config.get_vocab_size()
@@ -135,7 +138,7 @@ class VllmEngine:
             voice = await asyncio.to_thread(self._base.voice.of_run, run, self._source, self._tokens)
             replaced, most = self._adapters.get(name), self._options.max_adapters
             if replaced is None and len(self._adapters) == most:
-                raise UserError(f"run {run}: Vllm.max_adapters = {most}, and so many there are")
+                raise UserError(f"run {run}: Vllm.max_adapters = {most}, and there are as many")
             self._loaded += 1
             lora = LoRARequest(f"{name}-{self._loaded}", self._loaded, str(directory))
             try:
@@ -170,7 +173,7 @@ class VllmEngine:
             self._engine.output_processor.propagate_error(RuntimeError("the vLLM engine is closed"))
             await asyncio.to_thread(self._engine.shutdown)
             self._reader.shutdown(wait=False)
-            self._cpus.close()
+            self._claims.close()
 
     def _adapter(self, name: str | None) -> _Adapter:
         if name is None:
@@ -243,7 +246,7 @@ def _start(source: ModelSource, options: Vllm, max_length: int, gpus: float) -> 
             max_num_seqs=options.max_batch,
             quantization=options.quantization,
             tensor_parallel_size=max(1, int(gpus)),
-            enforce_eager=not options.compiled,
+            enforce_eager=not (bool(gpus) if options.compiled is None else options.compiled),
             max_logprobs=MOST_LOGPROBS,
             structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
             **(adapters if options.max_adapters else {}),
@@ -258,6 +261,16 @@ def _start(source: ModelSource, options: Vllm, max_length: int, gpus: float) -> 
         # pydantic puts what is wrong into the middle of its message.
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
         raise UserError(f"vLLM cannot serve {source.path!r}: {why}") from error
+
+
+def _watch() -> subprocess.Popen[bytes]:
+    """A shell that kills vLLM's processes should this one be killed: by themselves they would go on, with the model.
+
+    It waits for the end of a pipe that this process alone has open.
+    """
+    processes = [str(child.pid) for child in multiprocessing.active_children()]
+    command = ["sh", "-c", 'read -r _; kill -9 "$@"', "watch", *processes]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _dtype(source: ModelSource, gpus: float) -> str:
