@@ -23,6 +23,9 @@ class Rows:
         self.made += rows * capacity
         return [[None] * capacity for _ in range(rows)]
 
+    def release(self, tables: list[list[int | None]]) -> None:
+        tables.clear()  # nobody may look at them again
+
     def copy(self, source: Place, at: int, target: Place, to: int, tokens: int) -> None:
         target.slab.tables[target.row][to : to + tokens] = source.slab.tables[source.row][at : at + tokens]
 

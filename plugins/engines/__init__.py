@@ -149,6 +149,29 @@ class Upstream:
         return UpstreamEngine(source.path, self)
 
 
+@spec
+class OpenVino:
+    """OpenVINO on CPUs, with the torch engine's batching, parameters and constraints; without adapters.
+
+    The model is exported to OpenVINO's format when it is first served, which takes minutes where it is large, and is then
+    kept in ~/.cache/manta/openvino. `weights`: what they are kept as, "same" as in the model; "int8" and "int4" have a
+    fourth and an eighth of fp32's size. `max_batch`, `max_length`, `kv_memory`: as of Torch.
+    """
+
+    weights: Literal["same", "fp32", "bf16", "fp16", "int8", "int4"] = "same"
+    max_batch: Annotated[int, at_least(1)] = 64
+    max_length: Annotated[int | None, at_least(1)] = None
+    kv_memory: str = "25%"
+
+    def __post_init__(self) -> None:
+        memory_size(self.kv_memory, free=1, field="OpenVino.kv_memory")
+
+    def start(self, source: ModelSource, cpus: float, gpus: float = 0) -> Engine:
+        from plugins.engines.openvino import OpenVinoEngine
+
+        return OpenVinoEngine(source, self, cpus=cpus, gpus=gpus)
+
+
 def memory_size(written: str, *, free: int, field: str) -> int:
     """Bytes of "25%" (of `free`), "2GiB" or "512MiB". Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|GiB|MiB)", written)
@@ -209,4 +232,4 @@ class Embedder:
         return EncoderEngine(source, max_batch=self.max_batch, max_length=self.max_length, cpus=cpus, gpus=gpus)
 
 
-SPECS = (Torch, Vllm, Upstream, Embedder)  # what a config can name; a spec from elsewhere needs no entry
+SPECS = (Torch, OpenVino, Vllm, Upstream, Embedder)  # what a config can name; a spec from elsewhere needs no entry

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from collections.abc import Sequence as Several
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from plugins.engines.runner import Runner
+from plugins.engines.adapters import Adapters
 from plugins.engines.sampling import choose
 from plugins.engines.scheduler import Piece, Running, Scheduler
 from plugins.engines.sequence import Mailbox, Sequence
@@ -22,12 +23,25 @@ logger = logging.getLogger(__name__)
 PAUSE, PAUSE_EACH, LONGEST_PAUSE = 0.04, 0.01, 0.2
 
 
+class Computer(Protocol):
+    """A model that computes the scheduler's steps."""
+
+    adapters: Adapters
+
+    def run(self, pieces: Several[Piece[Sequence]]) -> tuple[torch.Tensor, list[tuple[Piece[Sequence], slice]]]:
+        """Compute `pieces`: logits [n, vocab], and which rows of them are whose.
+
+        A piece that ends has one row, for what comes next; one of a prompt that is scored has a row for each token.
+        """
+        ...
+
+
 class Batcher:
     """The worker thread with its model and scheduler. Everything public is called from other threads, and never waits for a
     step.
     """
 
-    def __init__(self, make: Callable[[], tuple[Runner, Scheduler[Sequence]]]) -> None:
+    def __init__(self, make: Callable[[], tuple[Computer, Scheduler[Sequence]]]) -> None:
         """`make` is called in the worker thread, and what it raises is raised here.
 
         Whatever computes does so in that one thread. OpenMP has a team of threads for each thread that ever did: with the
@@ -42,8 +56,8 @@ class Batcher:
         # The worker thread's own.
         self._retired: set[str] = set()
         self._next_round = 0.0  # when everyone is sent what there is, on time.monotonic's clock
-        made: Future[tuple[Runner, Scheduler[Sequence]]] = Future()
-        self._thread = threading.Thread(target=self._work, args=(make, made), name="torch-engine", daemon=True)
+        made: Future[tuple[Computer, Scheduler[Sequence]]] = Future()
+        self._thread = threading.Thread(target=self._work, args=(make, made), name="engine", daemon=True)
         self._thread.start()
         self._runner, self._scheduler = made.result()
 
@@ -64,7 +78,7 @@ class Batcher:
         if self._failure is not None:
             raise _stopped(self._failure)
         if self._closing:
-            raise RuntimeError("the torch engine is closed")
+            raise RuntimeError("the engine is closed")
 
     def close(self) -> None:
         """End the thread after its present step (waits for it). Who still waits for text gets a RuntimeError."""
@@ -85,8 +99,8 @@ class Batcher:
 
     def _work(
         self,
-        make: Callable[[], tuple[Runner, Scheduler[Sequence]]],
-        made: Future[tuple[Runner, Scheduler[Sequence]]],
+        make: Callable[[], tuple[Computer, Scheduler[Sequence]]],
+        made: Future[tuple[Computer, Scheduler[Sequence]]],
     ) -> None:
         try:
             self._runner, self._scheduler = make()
@@ -101,7 +115,7 @@ class Batcher:
             self._end(RuntimeError("it was closed"))
         except BaseException as error:
             # Nothing is swallowed: every consumer gets it, and so does check().
-            logger.exception("the torch engine stops")
+            logger.exception("the engine stops")
             self._failure = error
             self._end(error)
 
@@ -215,6 +229,6 @@ def _put_all(letters: list[tuple[Mailbox, Delta | RuntimeError]]) -> None:
 
 
 def _stopped(cause: BaseException) -> RuntimeError:
-    error = RuntimeError(f"the torch engine has stopped: {type(cause).__name__}: {cause}")
+    error = RuntimeError(f"the engine has stopped: {type(cause).__name__}: {cause}")
     error.__cause__ = cause
     return error

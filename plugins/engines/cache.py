@@ -27,6 +27,10 @@ class Store(Protocol):
         """Tables for `rows` rows of `capacity` tokens, without NaN in them."""
         ...
 
+    def release(self, tables: Any) -> None:
+        """These are not needed any more."""
+        ...
+
     def copy(self, source: "Place", at: int, target: "Place", to: int, tokens: int) -> None:
         """Copy `tokens` tokens from token `at` of one row to token `to` of another."""
         ...
@@ -137,7 +141,9 @@ class Cache:
         wanted = (self._block_slab if capacity == BLOCK else max(first, same)) // capacity
         empty = [slab for slab in self.slabs if not slab.places]
         while empty and self.budget - self.allocated < capacity:
-            self.slabs.remove(empty.pop())
+            gone = empty.pop()
+            self.slabs.remove(gone)
+            self._store.release(gone.tables)
         rows = min(max(wanted, 1), (self.budget - self.allocated) // capacity)
         if rows < 1:
             return None

@@ -21,7 +21,7 @@ from plugins.engines import lean
 from plugins.engines.adapters import NONE, Adapters
 from plugins.engines.cache import Cache, Place, Slab
 from plugins.engines.layers import Embedding, Linear, Turns, Weights
-from plugins.engines.scheduler import Piece, Running
+from plugins.engines.scheduler import Piece, Running, is_scored
 from plugins.pretrained import first_line
 from plugins.spec import UserError
 
@@ -43,6 +43,9 @@ class Tables:
             (self._zeros(rows, heads, capacity, key), self._zeros(rows, heads, capacity, value))
             for heads, key, value in self._shapes
         ]
+
+    def release(self, tables: Any) -> None:
+        """Nobody has them any more: torch frees them by itself."""
 
     def copy(self, source: Place, at: int, target: Place, to: int, tokens: int) -> None:
         for theirs, ours in zip(source.slab.tables, target.slab.tables, strict=True):
@@ -254,14 +257,11 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece[Any]]) -> tuple[torch.Tensor, list[tuple[Piece[Any], slice]]]:
-        """Compute `pieces`: logits [n, vocab], and which rows of them are whose.
-
-        A piece that ends has one row, for what comes next; one of a prompt that is scored has a row for each token.
-        """
-        decoding = [piece for piece in pieces if piece.running.decodes and not _scores(piece)]
+        """As in Computer."""
+        decoding = [piece for piece in pieces if piece.running.decodes and not is_scored(piece)]
         # In the order in which they lie, so that attention can take whole slabs.
         decoding.sort(key=lambda piece: (id(piece.running.place.slab), piece.running.place.row))
-        pieces = decoding + [piece for piece in pieces if not piece.running.decodes or _scores(piece)]
+        pieces = decoding + [piece for piece in pieces if not piece.running.decodes or is_scored(piece)]
         ids: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
@@ -271,7 +271,7 @@ class Runner:
             first, known = len(ids), len(wanted)
             ids += tokens[start : start + piece.count]
             positions += range(start, start + piece.count)
-            wanted += range(first if _scores(piece) else len(ids) - piece.ends, len(ids))
+            wanted += range(first if is_scored(piece) else len(ids) - piece.ends, len(ids))
             if len(wanted) > known:
                 rows.append((piece, slice(known, len(wanted))))
         self._tell_adapters(pieces, wanted or [0])
@@ -370,12 +370,6 @@ class _Recorder(Attention):
         self.shapes[layer] = (key.shape[1], key.shape[2], value.shape[2])
         self.windows.add(window)
         return value.new_zeros(*query.shape[:2], value.shape[2])
-
-
-def _scores(piece: Piece[Any]) -> bool:
-    """Whether each token of this piece wants its logits: it is of a prompt that is scored."""
-    running = piece.running
-    return running.sequence.scores_prompt and running.place.length < len(running.sequence.prompt)
 
 
 @torch.inference_mode()

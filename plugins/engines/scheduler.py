@@ -8,7 +8,7 @@ sequence that came last gives its row back and is computed anew later. Pure: no 
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from plugins.engines.cache import BLOCK, Cache, Place
 
@@ -173,3 +173,9 @@ def _shared(running: Running[R], sequence: R) -> int:
     blocks = (min(len(mine), len(theirs)) - 1) // BLOCK
     parts = [slice(n * BLOCK, (n + 1) * BLOCK) for n in range(blocks)]
     return BLOCK * next((n for n, part in enumerate(parts) if mine[part] != theirs[part]), blocks)
+
+
+def is_scored(piece: Piece[Any]) -> bool:
+    """Whether each token of this piece wants its logits: it is of a prompt that is scored."""
+    running = piece.running
+    return running.sequence.scores_prompt and running.place.length < len(running.sequence.prompt)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from plugins import hardware
 from plugins.engines import Torch, memory_size
 from plugins.engines.adapters import NONE
-from plugins.engines.batching import Batcher
+from plugins.engines.batching import Batcher, Computer
 from plugins.engines.cache import SMALLEST, Cache
 from plugins.engines.limits import answer_length, check_numbers, longest, own_defaults
 from plugins.engines.runner import Runner
@@ -60,7 +60,7 @@ class TorchEngine:
         self._loading = asyncio.Lock()
         self._reader = ThreadPoolExecutor(1, "torch-engine-reader")
 
-    def _open(self, options: Torch, cpus: float, gpus: float) -> tuple[Runner, Scheduler[Sequence]]:
+    def _open(self, options: Torch, cpus: float, gpus: float) -> tuple[Computer, Scheduler[Sequence]]:
         """Load the model; what requests are checked against is known then."""
         hardware.use_cpus(cpus)
         with ExitStack() if gpus else hardware.pin_threads(cpus) as claim:
@@ -68,24 +68,30 @@ class TorchEngine:
             self._cpus = claim.pop_all()
             return opened
 
-    def _load(self, options: Torch, gpus: float) -> tuple[Runner, Scheduler[Sequence]]:
+    def _load(self, options: Torch, gpus: float) -> tuple[Computer, Scheduler[Sequence]]:
         if options.weights == "int8" and gpus:
             raise UserError("Torch.weights = 'int8': on CPUs only; on a GPU leave it at 'same'")
         tokenizer, model = load(AutoTokenizer, self._source), _load_model(self._source, gpus)
-        self._defaults = own_defaults(model.generation_config.to_diff_dict())
-        self._vocabulary: int = model.get_input_embeddings().num_embeddings
-        self._tokens = max(self._vocabulary, len(tokenizer))
-        self._base = _Adapter(NONE, Voice.of(tokenizer, model.generation_config.eos_token_id))
+        self._know(tokenizer, model.generation_config, model.get_input_embeddings().num_embeddings)
         config = model.config.get_text_config()
         wanted = longest(config, options.max_length, "Torch.max_length")
         runner = Runner(model, weights=options.weights)
         runner.check_length(config, wanted)
-        cache = Cache(runner.tables, budget=_kv_tokens(options, runner, wanted), longest=wanted)
+        free, most = hardware.free_memory(runner.device), 2 * options.max_batch * wanted
+        budget = kv_tokens(options.kv_memory, runner.tables.token_bytes, free=free, most=most, field="Torch.kv_memory")
+        cache = Cache(runner.tables, budget=budget, longest=wanted)
         self._max_length = cache.longest
         if self._max_length < wanted:
             log.info("prompts and answers may have %d tokens together: more do not fit into kv_memory", cache.longest)
         balance = BALANCE if runner.device.type == "cpu" else 10 * BALANCE
         return runner, Scheduler(cache, options.max_batch, balance)
+
+    def _know(self, tokenizer: Any, generation_config: Any, vocabulary: int) -> None:
+        """What requests are read with, and checked against. `vocabulary`: the tokens that the model knows."""
+        self._defaults = own_defaults(generation_config.to_diff_dict())
+        self._vocabulary = vocabulary
+        self._tokens = max(vocabulary, len(tokenizer))
+        self._base = _Adapter(NONE, Voice.of(tokenizer, generation_config.eos_token_id))
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         self.check()
@@ -190,13 +196,11 @@ def _load_model(source: ModelSource, gpus: float) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
-def _kv_tokens(options: Torch, runner: Runner, longest: int) -> int:
-    """Tokens whose keys and values may be in memory: what is allowed, but no more than twice what the batch can use."""
-    allowed = memory_size(options.kv_memory, free=hardware.free_memory(runner.device), field="Torch.kv_memory")
-    tokens = min(allowed // runner.tables.token_bytes, 2 * options.max_batch * longest)
+def kv_tokens(written: str, token_bytes: int, *, free: int, most: int, field: str) -> int:
+    """Tokens, at most `most`, whose keys and values may be in memory: as many as `written`, which is `field`'s, allows."""
+    allowed = memory_size(written, free=free, field=field)
+    tokens = min(allowed // token_bytes, most)
     if tokens < SMALLEST:
-        needed = SMALLEST * runner.tables.token_bytes / 2**20
-        raise UserError(
-            f"Torch.kv_memory = {options.kv_memory!r}: {allowed / 2**20:.0f} MiB, at least {needed:.0f} MiB"
-        )
+        needed = SMALLEST * token_bytes / 2**20
+        raise UserError(f"{field} = {written!r}: {allowed / 2**20:.0f} MiB, at least {needed:.0f} MiB")
     return tokens
