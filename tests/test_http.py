@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
@@ -14,8 +13,8 @@ import httpx
 import openai
 import pytest
 import small_models
-import uvicorn
 from langchain_openai import ChatOpenAI
+from real_server import running
 from small_models import llama_config, save_lora_run, save_model
 
 from plugins.engines import Engine, Torch
@@ -48,27 +47,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     base = save_model(folder / "base", llama_config(max_position_embeddings=LENGTH))
     run = save_lora_run(folder / "run", base)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     engine = Torch(max_batch=4, max_length=LENGTH).start(ModelSource(str(base), dtype="fp32"), cpus=1)
     asyncio.run(engine.load_adapter("run", run))
     app = api({"tiny": ["run"]}, {"tiny": engine.generate})
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    started = threading.Event()
-    original = server.startup
-
-    async def startup(**options: object) -> None:
-        await original(**options)  # type: ignore[arg-type]
-        started.set()
-
-    server.startup = startup  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    assert started.wait(20)
-    yield Served(f"http://127.0.0.1:{port}", engine)
-    server.should_exit = True
-    thread.join()
+    with running(app) as address:
+        yield Served(address, engine)
     asyncio.run(engine.close())
 
 

@@ -6,10 +6,9 @@ import json
 import pickle
 import re
 import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from typing import Any
 import httpx
 import pytest
 import small_models
-import uvicorn
-from fastapi import FastAPI
 from ray.exceptions import RayTaskError
+from real_server import running
 
 from plugins.engines import Engine, Torch, Upstream
 from plugins.engines.torch import TorchEngine
@@ -35,29 +33,6 @@ CHAT = (Message("user", "hello world"),)
 CITY = json.dumps({"type": "object", "properties": {"city": {"enum": ["東京", "Bern"]}}, "required": ["city"]})
 
 
-@contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    """`app` on a real HTTP server, in a thread of its own; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    started = threading.Event()
-    original = server.startup
-
-    async def startup(**options: object) -> None:
-        await original(**options)  # type: ignore[arg-type]
-        started.set()
-
-    server.startup = startup  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    assert started.wait(20)
-    yield f"http://127.0.0.1:{port}/v1"
-    server.should_exit = True
-    thread.join()
-
-
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchEngine]:
     folder = tmp_path_factory.mktemp("models")
@@ -71,7 +46,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchEngine]:
 @pytest.fixture(scope="module")
 def url(engine: TorchEngine) -> Iterator[str]:
     with running(api({"tiny": []}, {"tiny": engine.generate})) as address:
-        yield address
+        yield f"{address}/v1"
 
 
 def run(main: Callable[[], Awaitable[Any]]) -> Any:
@@ -277,7 +252,8 @@ def test_behind_our_ingress_it_answers_as_the_model_does(engine: TorchEngine, ur
     """What a benchmark of language models asks for, whole: token-id prompts, echo, logprobs, no answer."""
     remote = UpstreamEngine("tiny", Upstream(url=url))
     asked = {"prompt": [[20, 30, 40], [70, 80]], "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
-    with running(api({"tiny": [], "far": []}, {"tiny": engine.generate, "far": remote.generate})) as front:
+    with running(api({"tiny": [], "far": []}, {"tiny": engine.generate, "far": remote.generate})) as address:
+        front = f"{address}/v1"
 
         def ask(model: str) -> Any:
             found = httpx.post(f"{front}/completions", json={"model": model, **asked}, timeout=30).json()

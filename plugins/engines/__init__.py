@@ -154,8 +154,8 @@ class OpenVino:
     """OpenVINO on CPUs, with the torch engine's batching, parameters and constraints; without adapters.
 
     The model is exported to OpenVINO's format when it is first served, which takes minutes where it is large, and is then
-    kept in ~/.cache/manta/openvino. `weights`: what they are kept as, "same" as in the model; "int8" and "int4" have a
-    fourth and an eighth of fp32's size. `max_batch`, `max_length`, `kv_memory`: as of Torch.
+    kept in ~/.cache/manta/openvino. `weights`: what they are kept as, "same" as in the model; "int8" has a
+    fourth of fp32's size, "int4" less than a fifth. `max_batch`, `max_length`, `kv_memory`: as of Torch.
     """
 
     weights: Literal["same", "fp32", "bf16", "fp16", "int8", "int4"] = "same"

@@ -5,6 +5,14 @@ from dataclasses import dataclass
 from plugins.engines.text import TextStream, Voice
 from plugins.types import Delta, FinishReason, GenerateRequest, TokenLogprob
 
+# Seconds between two messages of one answer: for a few answers, for each of many, and at most.
+PAUSE, PAUSE_EACH, LONGEST_PAUSE = 0.04, 0.01, 0.2
+
+
+def pause(answers: int) -> float:
+    """Seconds between two messages of an answer that is made beside others, `answers` in all: each takes a core's time."""
+    return min(LONGEST_PAUSE, max(PAUSE, PAUSE_EACH * answers))
+
 
 @dataclass(frozen=True)
 class Choice:

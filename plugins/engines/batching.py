@@ -12,15 +12,13 @@ from typing import Protocol
 import torch
 
 from plugins.engines.adapters import Adapters
+from plugins.engines.answer import pause
 from plugins.engines.sampling import choose
 from plugins.engines.scheduler import Piece, Running, Scheduler
 from plugins.engines.sequence import Mailbox, Sequence
 from plugins.types import Delta
 
 logger = logging.getLogger(__name__)
-
-# Seconds between two messages of one answer: for a few answers, for each of many, and at most.
-PAUSE, PAUSE_EACH, LONGEST_PAUSE = 0.04, 0.01, 0.2
 
 
 class Computer(Protocol):
@@ -197,7 +195,7 @@ class Batcher:
         now = time.monotonic()
         is_round = now >= self._next_round
         if is_round:
-            self._next_round = now + min(LONGEST_PAUSE, max(PAUSE, PAUSE_EACH * len(sequences)))
+            self._next_round = now + pause(len(sequences))
         letters = [(sequence, sequence.news()) for sequence in sequences if is_round or sequence.is_urgent]
         _post([(sequence, delta) for sequence, delta in letters if delta is not None])
 

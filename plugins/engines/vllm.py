@@ -37,7 +37,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from plugins import hardware
 from plugins.engines import Vllm, memory_size
-from plugins.engines.answer import Answer, Choice
+from plugins.engines.answer import Answer, Choice, pause
 from plugins.engines.grammar import ANY_OBJECT, lark
 from plugins.engines.limits import MOST_LOGPROBS, answer_length, check_numbers, longest, own_defaults
 from plugins.engines.sampling import COLDEST, Sampling
@@ -46,9 +46,6 @@ from plugins.model_files import adapter_directory, check_model_files
 from plugins.pretrained import first_line, load
 from plugins.spec import UserError, choices
 from plugins.types import Constraint, Delta, GenerateRequest, ModelSource, RequestError
-
-# Seconds between two messages of one answer: for a few answers, for each of many, and at most.
-PAUSE, PAUSE_EACH, LONGEST_PAUSE = 0.04, 0.01, 0.2
 
 WARM = 0.01  # vLLM draws at no lower temperature
 
@@ -118,8 +115,7 @@ class VllmEngine:
                     async for output in outputs:
                         _grow(answer, output, request)
                         if (answer.is_urgent or time.monotonic() >= due) and (delta := answer.news()):
-                            pause = PAUSE_EACH * self._engine.get_num_unfinished_requests()
-                            due = time.monotonic() + min(LONGEST_PAUSE, max(PAUSE, pause))
+                            due = time.monotonic() + pause(self._engine.get_num_unfinished_requests())
                             yield delta
                         if answer.finished:
                             return
