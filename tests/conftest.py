@@ -23,13 +23,13 @@ NOT_RUN = pytest.StashKey[Counter[str]]()
 
 @pytest.hookimpl(trylast=True)  # after -m has taken its part
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    needs = {item: mark.args[0] for item in items if (mark := item.get_closest_marker("environment"))}
-    problems = {name: Environment.find(name).problem() for name in set(needs.values())}
-    missing = [item for item in items if item in needs and problems[needs[item]]]
-    config.stash[NOT_RUN] = Counter(str(problems[needs[item]]) for item in missing)
+    needs = {item: [mark.args[0] for mark in item.iter_markers("environment")] for item in items}
+    problems = {name: Environment.find(name).problem() for name in {name for names in needs.values() for name in names}}
+    missing = {item: problem for item in items for name in needs[item] if (problem := problems[name])}
+    config.stash[NOT_RUN] = Counter(missing.values())
     if missing:
-        config.hook.pytest_deselected(items=missing)
-        items[:] = [item for item in items if item not in set(missing)]
+        config.hook.pytest_deselected(items=list(missing))
+        items[:] = [item for item in items if item not in missing]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from scripts.bench import lm_eval, load, serve, servers, words
+from scripts.bench import lm_eval, load, report, serve, servers, words
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
@@ -128,7 +128,7 @@ def test_a_word_is_a_token() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--only", "ours,them"], "no contender is called 'them'; choose from ours, "),
+        (["--only", "torch,them"], "no contender is called 'them'; choose from torch, "),
         (["--clients", "1,many"], "'many' is not a whole number from 1"),
         (["--rounds", "0"], "'0' is not a whole number from 1"),
         (["--json", "/no/such/place/figures.json"], "/no/such/place is not a directory"),
@@ -144,13 +144,33 @@ def test_the_table_compares_ours_with_each_of_the_others() -> None:
     def result(speed: float) -> serve.Result:
         return {"loads": {"8": dict.fromkeys(serve.COLUMNS, 10.0) | {"tokens_per_s": speed}}, "peak_rss_mib": 100.0}
 
-    rounds = {"ours": [result(300), result(100), result(200)], "vllm": [result(100)] * 3}
+    rounds = {"torch": [result(300), result(100), result(200)], "vllm-server": [result(100)] * 3}
     medians = {name: serve.median(results) for name, results in rounds.items()}
     text = serve.table(medians, serve.compare(medians))
     lines = [line.split() for line in text.splitlines()]
     assert lines[0][:2] == ["8", "clients"]
-    assert lines[1][:2] == ["ours", "200.0"]
-    assert next(line for line in lines if line[1:3] == ["/", "vllm,"])[:5] == ["ours", "/", "vllm,", "8", "2.00"]
+    assert lines[1][:2] == ["torch", "200.0"]
+    assert next(line for line in lines if line[1:2] == ["/"])[:5] == ["torch", "/", "vllm-server,", "8", "2.00"]
+
+
+def test_the_readme_gets_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "PLOT", tmp_path / "serve.svg")
+    speeds = {"torch": (90.0, 400.0), "vllm-server": (100.0, 500.0), "ipex-generate": (1.0, 1.0)}
+    report.write(
+        {
+            name: {"loads": {"1": {"tokens_per_s": one}, "8": {"tokens_per_s": eight}, "mixed": {"tokens_per_s": 1.0}}}
+            for name, (one, eight) in speeds.items()
+        }
+    )
+    lines = readme.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    assert "| `Torch()` | 90 (0.90) | 400 (0.80) |" in lines
+    assert "old" not in lines
+    assert not any("ipex" in line for line in lines)
+    assert "clients" in (tmp_path / "serve.svg").read_text()
 
 
 def test_ending_a_server_leaves_no_process() -> None:

@@ -1,5 +1,6 @@
 """The commands on a real Ray cluster: one that is started for them, one that runs, and as a submitted job."""
 
+import asyncio
 import json
 import math
 import os
@@ -16,8 +17,14 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
+from real_server import running
 from small_models import llama_config, save_lora_run, save_model
+
+from plugins.engines import Torch
+from plugins.types import ModelSource
+from serve.ingress import api
 
 pytestmark = pytest.mark.cluster
 
@@ -361,3 +368,48 @@ def test_a_model_that_its_engine_refuses_is_one_line(served: Served, project: Pa
     assert "Traceback" not in output
     served.shell.run("manta", "serve", str(project / "serve.py"))
     assert served.shell.run("manta", "models", "--url", served.url).split() == ["tiny", "tiny:swift"]
+
+
+@pytest.mark.environment("ipex")
+@pytest.mark.environment("openvino-export")
+def test_four_engines_behind_one_ingress_and_each_lives_and_dies_by_itself(served: Served, project: Path) -> None:
+    """The same model under each: three compute it, in two environments, and one passes questions on to a server."""
+    own = Torch(max_batch=4, max_length=256).start(ModelSource(str(project / "base"), dtype="fp32"), cpus=1)
+    with running(api({"far": []}, {"far": own.generate})) as upstream:
+        source = f"source=ModelSource({str(project / 'base')!r}, dtype='fp32'), cpus=0.4"
+        engines = ("torch", "Torch"), ("ipex", "Ipex"), ("openvino", "OpenVino")
+        models = [f"ServedModel(id='{name}', engine={engine}(max_length=256), {source})" for name, engine in engines]
+        models.append(f"ServedModel(id='far', engine=Upstream('{upstream}/v1'), source=ModelSource('far'), cpus=0.1)")
+        port = served.url.rpartition(":")[2]
+        (project / "four.py").write_text(
+            f"from serve import *\nconfig = ServeConfig(models=({', '.join(models)}), port={port})\n"
+        )
+        served.shell.run("manta", "serve", str(project / "four.py"))
+        names = [*(name for name, _ in engines), "far"]
+        client = served.client()
+
+        def says(name: str) -> str:
+            asked = {"model": name, "prompt": "the quick brown fox", "temperature": 0, "max_tokens": 12}
+            return client.completions.create(**asked).choices[0].text
+
+        def is_back(name: str) -> bool:
+            try:
+                return says(name) == answer
+            except openai.InternalServerError:
+                return False
+
+        answer = says("torch")
+        assert answer
+        assert {says(name) for name in names} == {answer}
+        for name in names:
+            replica(name).kill()
+            assert {says(other) for other in names if other != name} == {answer}
+            until(lambda name=name: is_back(name), seconds=90, what=f"another replica of {name}")
+    asyncio.run(own.close())
+
+
+def replica(model: str) -> psutil.Process:
+    """The process that has the model."""
+    title = f"ray::ServeReplica:manta:Model:{model}"
+    (found,) = (one for one in psutil.process_iter(["cmdline"]) if (one.info["cmdline"] or [""])[0].startswith(title))
+    return found

@@ -3,9 +3,7 @@
 import asyncio
 import json
 import logging
-import os
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -42,14 +40,8 @@ SCHEMA = {
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def environment() -> None:
-    python = {**os.environ, "PYTHON": sys.executable}
-    subprocess.run([ROOT / "scripts/engine-env", openvino_files.ENVIRONMENT], check=True, timeout=1200, env=python)
-
-
 def needs_export(test: Any) -> Any:
-    return pytest.mark.engine(pytest.mark.usefixtures("environment")(test))
+    return pytest.mark.engine(pytest.mark.environment(openvino_files.ENVIRONMENT)(test))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engines(environment: None, base: Path) -> Iterator[tuple[Engine, Engine]]:
+def engines(base: Path) -> Iterator[tuple[Engine, Engine]]:
     """OpenVINO's, and the one that it has to agree with."""
     both = start(base), Torch(max_batch=4, kv_memory="16MiB").start(ModelSource(str(base), dtype="fp32"), cpus=1)
     yield both

@@ -211,7 +211,7 @@ def test_answers_side_by_side_are_those_alone(engine: TorchEngine, url: str) -> 
         ({"max_tokens": 2 * LENGTH}, "max_tokens", str(LENGTH)),
         ({"logit_bias": {99999: 1.0}}, "logit_bias", "0 to 383"),
         ({"min_tokens": 50}, "min_tokens", "at most max_tokens"),
-        ({"constraint": Constraint("regex", "a(b", "guided_regex")}, "structured_outputs", "regex"),
+        ({"constraint": Constraint("regex", "a(b", "guided_regex")}, "guided_regex", "regex"),
         ({"constraint": Constraint("json_schema", "{", "guided_json")}, "guided_json", "must be JSON"),
         ({"prompt": CHAT, "tools": ({"type": "function", "function": {"name": "f"}},)}, "tools", "takes no tools"),
         # What the protocol cannot say is refused here.

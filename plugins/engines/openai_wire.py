@@ -88,6 +88,9 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
+CONSTRAINTS = ("response_format", "structured_outputs")  # what a constraint, whatever its sender called it, is sent as
+
+
 def _constraint(constraint: Constraint) -> dict[str, Any]:
     match constraint.kind:
         case "json_object":

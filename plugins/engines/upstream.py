@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from plugins.engines import Upstream
-from plugins.engines.openai_wire import Answer, question
+from plugins.engines.openai_wire import CONSTRAINTS, Answer, question
 from plugins.spec import UserError
 from plugins.types import Delta, GenerateRequest, RequestError, UnavailableError
 
@@ -96,11 +96,11 @@ class UpstreamEngine:
         try:
             async with self._client.stream("POST", path, json=body) as response, aclosing(_events(response)) as events:
                 if response.status_code != 200:
-                    raise self._refusal(response.status_code, await response.aread(), response.headers)
+                    raise self._refusal(request, response.status_code, await response.aread(), response.headers)
                 async for data in events:
                     chunk = self._decoded(data)
                     if chunk.get("error"):  # the status had been sent
-                        raise self._refusal(_code(chunk["error"]), data, response.headers)
+                        raise self._refusal(request, _code(chunk["error"]), data, response.headers)
                     if delta := answer.take(chunk):
                         yield delta
         except httpx.RequestError as error:
@@ -118,7 +118,9 @@ class UpstreamEngine:
             raise UnavailableError(f"{self._url} sent what is no answer of OpenAI's: {data[:200]!r}")
         return chunk
 
-    def _refusal(self, status: int, data: bytes, headers: httpx.Headers) -> RequestError | UnavailableError:
+    def _refusal(
+        self, request: GenerateRequest, status: int, data: bytes, headers: httpx.Headers
+    ) -> RequestError | UnavailableError:
         """Why there is no answer, from an error's status and body."""
         message, param = _complaint(data)
         said = f"{self._url} answered {status} for model {self._model!r}: {message}"
@@ -129,6 +131,8 @@ class UpstreamEngine:
         if status == 429:
             return UnavailableError(said, _retry_after(headers))
         if status in (400, 413, 422):
+            if request.constraint and param in CONSTRAINTS:
+                param = request.constraint.field
             return RequestError(message, param)
         if status in (401, 403):  # in our own words: a server's may quote the key
             key = f"the key in {self._options.api_key_env}" if self._options.api_key_env else "requests without a key"
@@ -194,7 +198,8 @@ async def eagerly(deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, 
         await reader  # for its error
     finally:
         reader.cancel()
-        await asyncio.gather(reader, return_exceptions=True)
+        # Unlike gather, wait hands on no second cancellation, which would keep the reader from closing its connection.
+        await asyncio.wait([reader])
 
 
 def _key(variable: str | None) -> dict[str, str]:

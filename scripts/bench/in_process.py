@@ -1,6 +1,6 @@
-"""Our engine driven directly, without Ray and HTTP: what our serving is compared with to know what the platform costs.
+"""An engine of ours driven directly, without Ray and HTTP: beside its serving it tells what the platform costs.
 
-    python -m scripts.bench.in_process MODEL PLAN --threads 2
+    python -m scripts.bench.in_process MODEL PLAN --engine Torch --threads 2
 
 PLAN is a JSON file with the loads of load.plan. Prints a line of JSON last: the answers of each load, and the peak RSS.
 """
@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from plugins.engines import Engine, Torch
+from plugins import engines
+from plugins.engines import Engine
 from plugins.types import GenerateRequest, ModelSource
 from scripts.bench import load
 from scripts.bench.contender import peak_rss_mib
@@ -22,11 +23,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="our engine, driven directly")
     parser.add_argument("model", type=Path)
     parser.add_argument("plan", type=Path)
+    parser.add_argument("--engine", default="Torch")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     loads = [load.Load(**one) for one in json.loads(options.plan.read_text())]
     source = ModelSource(str(options.model), dtype="bf16")
-    engine = Torch(max_batch=load.MIXED_CLIENTS).start(source, cpus=options.threads)
+    engine = getattr(engines, options.engine)(max_batch=load.MIXED_CLIENTS).start(source, cpus=options.threads)
     answers = asyncio.run(drive(engine, loads))
     print(json.dumps({"answers": answers, "peak_rss_mib": peak_rss_mib()}))
 

@@ -39,7 +39,7 @@ def main() -> int:
     files.mkdir(parents=True, exist_ok=True)
     side = [LM_EVAL, "-m", "scripts.bench.lm_eval_side", str(model)]
     in_process = last_line(side, environment)
-    server = servers.Server(functools.partial(servers.ours, dtype="fp32"), {})
+    server = servers.Server(functools.partial(servers.ours(servers.ENGINES["torch"]), dtype="fp32"), {})
     with servers.running(server, model, options.threads, files, environment) as client:
         served = last_line([*side, "--port", str(client.port), "--served-as", client.model], environment)
     lines, same = compare(in_process, served)

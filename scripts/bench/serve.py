@@ -1,13 +1,15 @@
-"""Serves the same model with every contender in turn, asks the same of each over HTTP, and prints what each reaches.
+"""Serves the same model with every contender in turn, asks the same of each, and prints what each reaches.
 
-    scripts/bench/serve [--rounds 3] [--clients 1,8,32] [--requests 3] [--mixed] [--only NAME,...] [--json FILE]
+    scripts/bench/serve [--rounds 3] [--clients 1,8,32] [--requests 3] [--mixed] [--only NAME,...] [--json FILE] [--readme]
 
-A prompt has 64 tokens, an answer 64, greedy, in bf16, streamed. Every contender is started anew for every round, is asked
-once by each client before anything is timed, and has the machine to itself but for the clients. They take turns (A B C,
-A B C, ...); what is shown is the median over the rounds. Only the ratios mean something on another machine.
+A prompt has 64 tokens, an answer 64, greedy, in bf16, streamed over HTTP. Every contender is started anew for every round,
+is asked once by each client before anything is timed, and has the machine to itself but for the clients. They take turns
+(A B C, A B C, ...); what is shown is the median over the rounds. Only the ratios mean something on another machine.
 
-ours-in-process is our engine without Ray and HTTP; beside it one sees what the platform costs. --mixed lets 64 clients send
-prompts of 16 to 1500 tokens: how long do those who are being answered wait when a long prompt has come?
+Our engines have their own names; NAME-in-process is one of them without Ray and HTTP. vllm-server and transformers-serve are
+the peers' servers; openvino-genai and ipex-generate the libraries beneath two of our engines, in process, a whole batch at a
+time. --mixed lets 64 clients send prompts of 16 to 1500 tokens to those that serve: how long do those who are being answered
+wait when a long prompt has come? --readme writes the table and the plot of README.md.
 """
 
 import argparse
@@ -20,14 +22,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.bench import load, servers
+from plugins.engines.openvino_files import exported
+from plugins.types import ModelSource
+from scripts.bench import load, report, servers
 from scripts.bench.train import MAIN, last_line, machine, on_cpu, output_of
 
 Figures = dict[str, float]  # of one load
 Result = dict[str, Any]
 
-IN_PROCESS = "ours-in-process"
-CONTENDERS = ("ours", IN_PROCESS, "vllm", "transformers-serve")
+IN_PROCESS = {"torch-in-process": "Torch", "openvino-in-process": "OpenVino"}  # the specs of engines
+LOCKSTEP = ("openvino-genai", "ipex-generate")
+CONTENDERS = (*servers.SERVERS, *IN_PROCESS, *LOCKSTEP)
+YARDSTICK = "vllm-server"
+BENEATH = {  # what is without Ray and HTTP what the engine is with them
+    "torch": "torch-in-process",
+    "openvino": "openvino-genai",
+    "ipex": "ipex-generate",
+    "vllm": YARDSTICK,
+}
 PLACE = Path(".bench")
 COLUMNS = {
     "tokens_per_s": "tokens/s",
@@ -55,6 +67,8 @@ def main() -> int:
     medians = {name: median(results) for name, results in measured.items()}
     ratios = compare(medians)
     print(table(medians, ratios))
+    if options.readme:
+        report.write(medians)
     if options.json:
         about = {"machine": machine(options.threads), "requests": options.requests}
         everything = about | {"rounds": measured, "medians": medians, "ratios": ratios}
@@ -73,6 +87,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=_positive, default=2)
     parser.add_argument("--only", type=_names, default=list(CONTENDERS), help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--json", type=_file, help="write everything here too")
+    parser.add_argument("--readme", action="store_true", help="write the table and the plot of README.md")
     return parser
 
 
@@ -90,8 +105,6 @@ def _names(text: str) -> list[str]:
     names = text.split(",")
     if unknown := [name for name in names if name not in CONTENDERS]:
         raise argparse.ArgumentTypeError(f"no contender is called {unknown[0]!r}; choose from {', '.join(CONTENDERS)}")
-    if "vllm" in names and not Path(servers.VLLM).exists():
-        raise argparse.ArgumentTypeError(f"{servers.VLLM} is not there: scripts/bench/peers vllm makes it")
     return names
 
 
@@ -106,10 +119,10 @@ def measure(name: str, model: Path, loads: Sequence[load.Load], threads: int, en
     files = (PLACE / "servers" / name).absolute()
     files.mkdir(parents=True, exist_ok=True)
     try:
-        if name == IN_PROCESS:
-            answers, peak = in_process(model, loads, threads, files, environment)
-        else:
+        if name in servers.SERVERS:
             answers, peak = over_http(servers.SERVERS[name], model, loads, threads, files, environment)
+        else:
+            answers, peak = in_process(name, model, loads, threads, files, environment)
     except (ValueError, ExceptionGroup) as error:  # ExceptionGroup: of the connections, when a server died
         sys.exit(f"bench: {name}: {error}; its log is {files / 'log'}")
     for one, given in answers.items():
@@ -145,11 +158,23 @@ async def drive(client: load.Client, loads: Sequence[load.Load]) -> dict[str, li
 
 
 def in_process(
-    model: Path, loads: Sequence[load.Load], threads: int, files: Path, environment: Mapping[str, str]
+    name: str,
+    model: Path,
+    loads: Sequence[load.Load],
+    threads: int,
+    files: Path,
+    environment: Mapping[str, str],
 ) -> tuple[Answers, float]:
     plan = files / "plan.json"
-    plan.write_text(json.dumps([dataclasses.asdict(one) for one in loads]))
-    command = [MAIN, "-m", "scripts.bench.in_process", str(model), str(plan), "--threads", str(threads)]
+    plan.write_text(json.dumps([dataclasses.asdict(one) for one in loads if name in IN_PROCESS or one.name != "mixed"]))
+    if name in IN_PROCESS:
+        what = [MAIN, "-m", "scripts.bench.in_process", "--engine", IN_PROCESS[name]]
+    elif name == "openvino-genai":
+        model = exported(ModelSource(str(model)), "same")
+        what = [".venv-openvino-genai/bin/python", "-m", "scripts.bench.peer_openvino"]
+    else:
+        what = [".venv-ipex-generate/bin/python", "-m", "scripts.bench.peer_ipex"]
+    command = [*what, str(model), str(plan), "--threads", str(threads)]
     result = last_line(command, dict(environment))
     answers = {
         one: [load.Answer(sent, [load.Chunk(*chunk) for chunk in chunks], tokens) for sent, chunks, tokens in given]
@@ -168,20 +193,21 @@ def median(results: Sequence[Result]) -> Result:
 
 
 def compare(medians: Mapping[str, Result]) -> list[Result]:
-    """Ours to each of the others, load by load: how many times the tokens/s, how many ms later the first token."""
-    if "ours" not in medians:
-        return []
+    """Each of ours to vLLM's server, and to what is beneath it: times the tokens/s, ms by which the first token is later."""
     return [
         {
+            "of": ours,
             "to": other,
             "load": one,
-            "tokens_per_s": ours["tokens_per_s"] / theirs["tokens_per_s"],
-            "first_p50_ms_more": ours["first_p50_ms"] - theirs["first_p50_ms"],
+            "tokens_per_s": mine["tokens_per_s"] / theirs["tokens_per_s"],
+            "first_p50_ms_more": mine["first_p50_ms"] - theirs["first_p50_ms"],
         }
-        for one, ours in medians["ours"]["loads"].items()
-        for other in medians
-        if other != "ours"
-        for theirs in [medians[other]["loads"][one]]
+        for ours in servers.ENGINES
+        if ours in medians
+        for other in dict.fromkeys((YARDSTICK, BENEATH.get(ours, YARDSTICK)))
+        if other in medians
+        for one, mine in medians[ours]["loads"].items()
+        if (theirs := medians[other]["loads"].get(one))
     ]
 
 
@@ -192,11 +218,13 @@ def table(medians: Mapping[str, Result], ratios: Sequence[Result]) -> str:
         what = "64 clients, prompts of 16 to 1500 tokens" if one == "mixed" else f"{one} client{'s' * (one != '1')}"
         lines.append(f"{what:<42}" + "".join(f"{title:>15}" for title in COLUMNS.values()))
         for name, result in medians.items():
+            if one not in result["loads"]:
+                continue
             figures = [f"{result['loads'][one][column]:15.1f}" for column in COLUMNS]
             lines.append(f"{name:<42}" + "".join(figures))
         lines.append("")
     for ratio in ratios:
-        what = f"ours / {ratio['to']}, {ratio['load']}"
+        what = f"{ratio['of']} / {ratio['to']}, {ratio['load']}"
         lines.append(f"{what:<42}{ratio['tokens_per_s']:15.2f}{ratio['first_p50_ms_more']:+15.1f} ms")
     for name, result in medians.items():
         if mixed := result["loads"].get("mixed"):

@@ -30,7 +30,7 @@ OURS = """from serve import *
 model = ServedModel(
     id="bench",
     source=ModelSource({model!r}, dtype={dtype!r}),
-    engine=Torch(max_batch={batch}),
+    engine={engine},
     cpus={threads},
 )
 config = ServeConfig(models=(model,), port={port})
@@ -50,10 +50,15 @@ class Server:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def ours(model: Path, port: int, threads: int, files: Path, dtype: str = "bf16") -> list[str]:
-    config = files / "bench.py"
-    config.write_text(OURS.format(model=str(model), dtype=dtype, batch=load.MIXED_CLIENTS, threads=threads, port=port))
-    return [MAIN, "-m", "ui.cli", "serve", str(config)]
+def ours(engine: str) -> Callable[[Path, int, int, Path], list[str]]:
+    """`engine`: as a config writes it."""
+
+    def command(model: Path, port: int, threads: int, files: Path, dtype: str = "bf16") -> list[str]:
+        config = files / "bench.py"
+        config.write_text(OURS.format(model=str(model), dtype=dtype, engine=engine, threads=threads, port=port))
+        return [MAIN, "-m", "ui.cli", "serve", str(config)]
+
+    return command
 
 
 def vllm(model: Path, port: int, threads: int, files: Path) -> list[str]:
@@ -69,9 +74,17 @@ def transformers(model: Path, port: int, threads: int, files: Path) -> list[str]
     return [str(Path(MAIN).parent / "transformers"), "serve", str(model), *options]
 
 
+ENGINES = {  # those of ours, by the name of their contender
+    "torch": f"Torch(max_batch={load.MIXED_CLIENTS})",
+    "torch-int8": f"Torch(max_batch={load.MIXED_CLIENTS}, weights='int8')",
+    "openvino": f"OpenVino(max_batch={load.MIXED_CLIENTS})",
+    "openvino-int8": f"OpenVino(max_batch={load.MIXED_CLIENTS}, weights='int8')",
+    "ipex": f"Ipex(max_batch={load.MIXED_CLIENTS})",
+    "vllm": f"Vllm(max_batch={load.MIXED_CLIENTS}, kv_memory='{CACHE_GIB}GiB')",
+}
 SERVERS = {
-    "ours": Server(ours, {"ignore_eos": True}),
-    "vllm": Server(
+    **{name: Server(ours(engine), {"ignore_eos": True}) for name, engine in ENGINES.items()},
+    "vllm-server": Server(
         vllm,
         {"ignore_eos": True},
         environment={
