@@ -5,6 +5,8 @@ import json
 import math
 import os
 import re
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from plugins import environments
 from plugins import measure as measuring
 from plugins import quantize as quantizing
 from plugins.engines import Engine, OpenVino, Torch, openvino_files
 from plugins.measure import Measured, measure
 from plugins.spec import UserError
-from plugins.types import Delta, GenerateRequest, ModelSource
+from plugins.types import Delta, GenerateRequest, ModelSource, RunManifest
 from serve.app import find_adapters
 from serve.config import ServeConfig, ServedModel
 from ui.cli import main
@@ -145,6 +148,33 @@ def test_adapters_are_served_beside_it(base: Path, tmp_path: Path) -> None:
             asyncio.run(engine.close())
     assert said[0] == said[1]
     assert said[0][0] != said[0][1]
+
+
+def test_a_finished_run_is_quantised_with_its_adapter_in_it(
+    base: Path, text: Path, tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = small_models.save_lora_run(tmp_path / "outputs/talk", base, chat_template=small_models.CHATML)
+    unfinished = ["quantize", str(adapter), "--engine", "torch", "--weights", "int8", "--text", str(text)]
+    monkeypatch.chdir(tmp_path)
+    assert run(*unfinished) == 2
+    RunManifest(
+        name="talk", base=str(base), revision=None, method="lora", created="", seconds=1.0, steps=1, metrics={}
+    ).write(adapter)
+    assert run(*unfinished) == 0
+    small = tmp_path / "talk-torch-int8"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outputs", small.name]
+
+    whole = Torch(kv_memory="16MiB").start(ModelSource(str(base), dtype="fp32"), 1, 0)
+    try:
+        asyncio.run(whole.load_adapter("talk", adapter))
+        likely = asyncio.run(answer(whole, PROMPTS[0], adapter="talk", max_tokens=0, prompt_logprobs=0))
+    finally:
+        asyncio.run(whole.close())
+    found = answers(Torch(kv_memory="16MiB"), small, max_tokens=0, prompt_logprobs=0)[0]
+    alone = answers(Torch(kv_memory="16MiB"), base, max_tokens=0, prompt_logprobs=0)[0]
+    off = [sum(abs(a.logprob - b.logprob) for a, b in zip(one.prompt_logprobs[1:], likely.prompt_logprobs[1:], strict=True))
+           for one in (found, alone)]  # type: ignore[operator]  # fmt: skip
+    assert off[0] < 0.1 * off[1]
 
 
 def made(folder: Path) -> Path:
@@ -273,6 +303,19 @@ def test_a_model_is_quantised_once(
     assert "model = 'small': its weights are quantised already, by compressed-tensors" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"small is quantised already \(compressed-tensors\): OpenVino takes the model"):
         openvino_files._prepare(tmp_path / "small", tmp_path)
+
+
+def test_without_the_exports_environment_one_line_says_what_makes_it(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
+    monkeypatch.setattr(environments, "PROJECT", tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    to = tmp_path / "to"
+    arguments = ["--engine", "openvino", "--weights", "int8", "--to", str(to), "--text", str(text)]
+    assert run("quantize", str(base), *arguments) == 2
+    assert "openvino-export is not there: scripts/engine-env openvino-export makes it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["pyproject.toml"]
 
 
 def test_what_torch_has_not_in_8_bits_is_refused(tmp_path: Path) -> None:
