@@ -82,11 +82,17 @@ def pin_threads(cpus: float) -> ExitStack:
     me, name = threading.get_native_id(), f"torch-{threading.get_native_id()}"
     (TASKS / str(me) / "comm").write_text(name)
     torch.zeros(2**20).add_(1)  # makes the team
-    team = [int(task.name) for task in TASKS.iterdir() if (task / "comm").read_text().strip() == name]
+    team = [int(task.name) for task in TASKS.iterdir() if _is_called(task, name)]
     places, claim = claim_cpus(threads) if len(team) == threads else ([], ExitStack())
     for thread, cpu in zip([me, *(one for one in team if one != me)], places, strict=bool(places)):
         os.sched_setaffinity(thread, {cpu})
     return claim
+
+
+def _is_called(task: Path, name: str) -> bool:
+    with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile, as an earlier engine's may
+        return (task / "comm").read_text().strip() == name
+    return False
 
 
 def claim_cpus(count: int) -> tuple[list[int], ExitStack]:

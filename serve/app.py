@@ -13,8 +13,8 @@ from ray.serve.context import _get_global_client
 
 from plugins import cluster
 from plugins.engines import OwnEnvironment
-from plugins.environments import Environment
-from plugins.model_files import check_model_files
+from plugins.environments import SHORT_WAITS, Environment
+from plugins.model_files import WEIGHTS, check_model_files
 from plugins.runs import Run, find_runs, read_run, same_base
 from plugins.spec import UserError
 from serve.config import ServeConfig, ServedModel
@@ -23,10 +23,6 @@ from serve.model import EmbeddingDeployment, ModelDeployment
 
 log = logging.getLogger(__name__)
 Runs = Mapping[str, str]  # adapter name -> run directory, absolute
-
-# How often a thread of GNU OpenMP looks whether the others are ready before it sleeps: more is quicker on idle cores, but
-# beside one other busy process a step then took up to a second. Of 30, 100 and 300 thousand this served best.
-SHORT_WAITS = {"GOMP_SPINCOUNT": "100000"}
 
 # What in a runtime_env says which Python a replica runs in.
 PYTHONS = {"py_executable", "pip", "uv", "conda", "image_uri", "container"}
@@ -131,7 +127,8 @@ def find_adapters(config: ServeConfig, root: Path) -> dict[str, dict[str, str]]:
     found = {}
     for index, model in enumerate(config.models):
         if not model.is_elsewhere:
-            check_model_files(model.source, f"models.{index}.source.path")
+            files = getattr(model.engine, "files", WEIGHTS)
+            check_model_files(model.source, f"models.{index}.source.path", files)
         runs: dict[str, str] = {}
         for run in [
             run for entry in model.adapters for run in _matching(entry, model, root, f"models.{index}.adapters")

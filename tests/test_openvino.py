@@ -219,10 +219,99 @@ def test_who_leaves_is_forgotten_and_a_bad_request_fails_alone(engines: tuple[En
     assert ours._batcher._scheduler.sequences() == []
 
 
+# Adapters
+
+
+@pytest.fixture(scope="module")
+def runs(base: Path) -> list[Path]:
+    """Three that say different things; the second has a template of its own, and is of a kind that adds more than LoRA."""
+    folder = base.parent
+    return [
+        small_models.save_lora_run(folder / "first", base, seed=1),
+        small_models.save_lora_run(folder / "second", base, seed=2, use_dora=True, chat_template=small_models.CHATML),
+        small_models.save_lora_run(folder / "third", base, seed=3),
+    ]
+
+
 @needs_export
-def test_adapters_are_refused(engines: tuple[Engine, Engine], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"OpenVino serves no adapters: serve .*run with Torch"):
-        asyncio.run(engines[0].load_adapter("run", tmp_path / "run"))
+def test_each_request_gets_its_adapters_answer_whoever_shares_the_step(base: Path, runs: list[Path]) -> None:
+    names = (None, "first", "second")
+    reference = Torch(max_batch=8, kv_memory="16MiB").start(ModelSource(str(base), dtype="fp32"), cpus=1)
+    ours = start(base, max_batch=8)
+    try:
+        for engine in (reference, ours):
+            for run in runs[:2]:
+                asyncio.run(engine.load_adapter(run.name, run))
+        asked = [(prompt, name) for prompt in PROMPTS[:3] for name in names]
+        wanted = [ask(reference, prompt, adapter=name) for prompt, name in asked]
+        assert len({delta.text for delta in wanted}) == len(asked)
+        assert together(ours, *(lambda p=p, n=n: answer(ours, p, adapter=n) for p, n in asked)) == wanted
+        assert [ask(ours, prompt, adapter=name) for prompt, name in asked] == wanted
+        scored = [ask(one, PROMPTS[2], adapter="first", prompt_logprobs=0) for one in (ours, reference)]
+        assert scored[0].text == scored[1].text
+        for mine, other in zip(scored[0].prompt_logprobs[1:], scored[1].prompt_logprobs[1:], strict=True):
+            assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+    finally:
+        for engine in (reference, ours):
+            asyncio.run(engine.close())
+
+
+@needs_export
+def test_of_more_adapters_than_fit_the_last_used_stay_and_each_is_exported_once(
+    base: Path, runs: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    engine = start(base, max_adapters=2)
+    try:
+        for run in runs:
+            asyncio.run(engine.load_adapter(run.name, run))
+        exports = caplog.text.count("exporting")
+        said = {run.name: ask(engine, PROMPTS[0], adapter=run.name) for run in runs}
+        assert len({delta.text for delta in said.values()}) == 3
+        assert {run.name: ask(engine, PROMPTS[0], adapter=run.name) for run in runs} == said
+        assert caplog.text.count("exporting") == exports
+        assert len(engine._batcher._runner.adapters._models) == 1 + 2
+
+        asyncio.run(engine.load_adapter("first", runs[1]))  # a name that gets another adapter
+        assert ask(engine, PROMPTS[0], adapter="first").text == said["second"].text
+        asyncio.run(engine.unload_adapter("first"))
+        with pytest.raises(RequestError, match="no adapter 'first'"):
+            ask(engine, PROMPTS[0], adapter="first")
+        assert ask(engine, PROMPTS[0], adapter="third") == said["third"]
+    finally:
+        asyncio.run(engine.close())
+
+
+@needs_export
+def test_others_are_answered_while_an_adapter_is_exported(base: Path, runs: list[Path], tmp_path: Path) -> None:
+    engine = start(base)
+    run = small_models.save_lora_run(tmp_path / "new", base, seed=9)
+
+    async def main() -> int:
+        loading = asyncio.create_task(engine.load_adapter("new", run))
+        answered = 0
+        while not loading.done():
+            await answer(engine, PROMPTS[0])
+            answered += 1
+            await asyncio.wait({loading}, timeout=0.2)  # who asks all the time leaves the export no CPU
+        await loading
+        return answered
+
+    try:
+        assert asyncio.run(asyncio.wait_for(main(), 300)) > 5
+    finally:
+        asyncio.run(engine.close())
+
+
+@needs_export
+def test_an_adapter_that_does_not_fit_is_one_line(engines: tuple[Engine, Engine], tmp_path: Path) -> None:
+    other = small_models.save_model(tmp_path / "other", small_models.llama_config(hidden_size=32))
+    run = small_models.save_lora_run(tmp_path / "run", other)
+    with pytest.raises(UserError, match=r"adapter .* does not fit its base: ") as raised:
+        asyncio.run(engines[0].load_adapter("run", run))
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match=r"run .*nothing: no such directory"):
+        asyncio.run(engines[0].load_adapter("run", tmp_path / "nothing"))
     with pytest.raises(RequestError, match="no adapter 'run'"):
         ask(engines[0], "hello", adapter="run")
 

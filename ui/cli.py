@@ -84,6 +84,20 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--private", action="store_true", help="make the repository a private one")
     verb.set_defaults(act=_export)
 
+    verb = verbs.add_parser("quantize", help="write a model with smaller weights, and compare it with the original")
+    verb.add_argument("model", metavar="MODEL", help="a model's directory or hub id, or a finished run")
+    verb.add_argument("--engine", required=True, help="which serves it: openvino or torch")
+    verb.add_argument("--weights", required=True, help="int8 or, for openvino, int4")
+    verb.add_argument("--to", type=Path, metavar="DIR", help="a new directory (default: ./NAME-ENGINE-WEIGHTS)")
+    verb.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="for the perplexity: plain text, or .jsonl (default: rows of the demo)",
+    )
+    _add_output(verb)
+    verb.set_defaults(act=_quantize)
+
     verb = verbs.add_parser("status", help="show the cluster, its jobs and what it serves")
     verb.set_defaults(act=_status)
 
@@ -256,6 +270,23 @@ def _export(options: argparse.Namespace) -> None:
         print(f"the model is in {options.merged}")
     if address:
         print(f"pushed to {address}")
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    directory, found = Platform().quantize(
+        options.model,
+        engine=options.engine,
+        weights=options.weights,
+        to=options.to,
+        text=options.text,
+        output=options.output,
+    )
+    rows = [
+        (name, f"{one.size / 2**20:.1f} MiB", f"{one.measured.perplexity:.3f}", f"{one.measured.tokens_per_s:.1f}")
+        for name, one in (("original", found.original), ("quantised", found.quantized))
+    ]
+    _table(("MODEL", "SIZE", f"PERPLEXITY OF {found.tokens} TOKENS", "TOKENS/S"), rows, empty="")
+    print(f"it is in {directory}: name that as the source of a ServedModel, whose engine is {found.engine}()")
 
 
 def _status(options: argparse.Namespace) -> None:

@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from plugins import cluster
+from plugins.model_files import has_weights
+from plugins.new_directory import check_free, whole
 from plugins.runs import Run, find_runs, finished, is_run
 from plugins.spec import UserError, choices
+from plugins.types import ModelSource
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
     from finetune.evaluate import Evaluation
     from finetune.merge import Dtype
+    from plugins.quantize import Comparison
     from serve.config import ServeConfig
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -188,11 +192,11 @@ class Platform:
             )
         if merged is not None:
             merged = merged.expanduser().absolute()
-            merge.check_free(merged)
+            check_free(merged, "merged")
         repo = hub.create(push, private=private) if push else None
         with tempfile.TemporaryDirectory() as scratch:
             target = merged or Path(scratch) / "export"
-            with merge.whole(target) as partial:
+            with whole(target) as partial:
                 if adapter:
                     hub.write_adapter(directory, manifest, partial)
                 else:
@@ -200,6 +204,43 @@ class Platform:
                 if repo:
                     (partial / "README.md").write_text(hub.model_card(manifest, repo=repo, adapter=adapter))
             return hub.upload(repo, target, f"Run {manifest.name}") if repo else None
+
+    def quantize(
+        self,
+        model: str,
+        *,
+        engine: str,
+        weights: str,
+        to: Path | None = None,
+        text: Path | None = None,
+        output: str = "outputs",
+    ) -> tuple[Path, "Comparison"]:
+        """Write a model with smaller weights for `engine`; returns its directory, and what it is worth beside the original.
+
+        `model`: a directory, a hub id, or a finished run as in `find_run`, whose adapter is merged. `to`: a new directory;
+        None: one that is called after all these, here. `text`: the file that perplexity is of.
+        """
+        from plugins.quantize import quantize, quantizer
+
+        spec = quantizer(engine, weights)
+        directory = (to or Path(f"{Path(model).name}-{engine}-{weights}")).expanduser().absolute()
+        check_free(directory, "to")
+        source = ModelSource(model)
+        places = (Path(model).expanduser(), cluster.output_root() / output / model)
+        with tempfile.TemporaryDirectory() as scratch:
+            if any(is_run(path) and not has_weights(path) for path in places):  # a model has a config.json too
+                source = ModelSource(str(self._whole_model(self.find_run(model, output), Path(scratch))))
+            return directory, quantize(source, spec, weights, directory, text)
+
+    def _whole_model(self, run: Path, scratch: Path) -> Path:
+        """The model directory of a finished run; where that has only an adapter, it is merged into `scratch`."""
+        manifest = finished(run)
+        if manifest.method == "full":
+            return manifest.weights(run)
+        from finetune.merge import write_model
+
+        write_model(run, manifest, scratch)
+        return scratch
 
     # serving
 

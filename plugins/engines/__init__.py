@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, runtime_checkable
 
+from plugins.model_files import OPENVINO, WEIGHTS
 from plugins.spec import NOT_EMPTY, UserError, above, at_least, spec
 from plugins.types import Delta, GenerateRequest, ModelSource
 
@@ -60,6 +61,19 @@ class OwnEnvironment(Protocol):
     environment: ClassVar[str]  # on GPUs it is NAME-gpu, where there is such a group
 
 
+class Quantizer(EngineSpec, Protocol):
+    """A spec of an engine that also serves models whose weights have been quantised beforehand, from their own directory."""
+
+    quantized: ClassVar[tuple[str, ...]]  # what weights may be made
+
+    def quantize(self, source: ModelSource, weights: str, directory: Path) -> None:
+        """Write `source` into the empty `directory` with such weights: a whole model, which `start` takes as it is.
+
+        On an error, part of it may be there. Raises UserError for a model that cannot be quantised.
+        """
+        ...
+
+
 @spec
 class Torch:
     """transformers' models with a KV cache, continuous batching and adapters of our own, on CPU or GPU.
@@ -69,6 +83,8 @@ class Torch:
     once the model is loaded ("25%") or a size ("2GiB", "512MiB"). `weights`: "int8" halves what a bf16 model reads at each
     step, and changes its answers a little. `max_adapters`: adapters in memory; the others are read again when asked for.
     """
+
+    quantized: ClassVar[tuple[str, ...]] = ("int8",)
 
     max_batch: Annotated[int, at_least(1)] = 64
     max_length: Annotated[int | None, at_least(1)] = None
@@ -83,6 +99,11 @@ class Torch:
         from plugins.engines.torch import TorchEngine
 
         return TorchEngine(source, self, cpus=cpus, gpus=gpus)
+
+    def quantize(self, source: ModelSource, weights: str, directory: Path) -> None:
+        from plugins.engines.int8_files import write
+
+        write(source, directory)
 
 
 @spec
@@ -151,17 +172,23 @@ class Upstream:
 
 @spec
 class OpenVino:
-    """OpenVINO on CPUs, with the torch engine's batching, parameters and constraints; without adapters.
+    """OpenVINO on CPUs, with the torch engine's batching, parameters and constraints.
 
     The model is exported to OpenVINO's format when it is first served, which takes minutes where it is large, and is then
     kept in ~/.cache/manta/openvino. `weights`: what they are kept as, "same" as in the model; "int8" has a
     fourth of fp32's size, "int4" less than a fifth. `max_batch`, `max_length`, `kv_memory`: as of Torch.
+    `max_adapters`: adapters in memory, each merged into a copy of the model and exported when it is first served; the
+    others are read again when asked for.
     """
+
+    files: ClassVar[tuple[str, ...]] = (*WEIGHTS, OPENVINO)
+    quantized: ClassVar[tuple[str, ...]] = ("int8", "int4")
 
     weights: Literal["same", "fp32", "bf16", "fp16", "int8", "int4"] = "same"
     max_batch: Annotated[int, at_least(1)] = 64
     max_length: Annotated[int | None, at_least(1)] = None
     kv_memory: str = "25%"
+    max_adapters: Annotated[int, at_least(1)] = 4
 
     def __post_init__(self) -> None:
         memory_size(self.kv_memory, free=1, field="OpenVino.kv_memory")
@@ -170,6 +197,11 @@ class OpenVino:
         from plugins.engines.openvino import OpenVinoEngine
 
         return OpenVinoEngine(source, self, cpus=cpus, gpus=gpus)
+
+    def quantize(self, source: ModelSource, weights: str, directory: Path) -> None:
+        from plugins.engines.openvino_files import write
+
+        write(source, weights, directory)
 
 
 def memory_size(written: str, *, free: int, field: str) -> int:

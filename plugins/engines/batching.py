@@ -6,12 +6,10 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Several
 from concurrent.futures import Future
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from plugins.engines.adapters import Adapters
 from plugins.engines.answer import pause
 from plugins.engines.sampling import choose
 from plugins.engines.scheduler import Piece, Running, Scheduler
@@ -21,10 +19,21 @@ from plugins.types import Delta
 logger = logging.getLogger(__name__)
 
 
+class AdaptersInMemory(Protocol):
+    """Those of a Computer. They come and go between two steps."""
+
+    def load(self, key: str, adapter: Any) -> None:
+        """Have `adapter`, whatever the engine makes of a run, under `key`; a key is never used twice. Raises UserError."""
+        ...
+
+    def remove(self, key: str) -> None: ...
+
+
 class Computer(Protocol):
     """A model that computes the scheduler's steps."""
 
-    adapters: Adapters
+    @property
+    def adapters(self) -> AdaptersInMemory: ...
 
     def run(self, pieces: Several[Piece[Sequence]]) -> tuple[torch.Tensor, list[tuple[Piece[Sequence], slice]]]:
         """Compute `pieces`: logits [n, vocab], and which rows of them are whose.
@@ -65,8 +74,8 @@ class Batcher:
             self._arrived.append(sequence)
             self._mail.notify()
 
-    def load_adapter(self, key: str, directory: Path) -> Future[None]:
-        return self._between_steps(lambda: self._runner.adapters.load(key, directory))
+    def load_adapter(self, key: str, adapter: Any) -> Future[None]:
+        return self._between_steps(lambda: self._runner.adapters.load(key, adapter))
 
     def retire_adapter(self, key: str) -> Future[None]:
         """Remove an adapter as soon as no sequence that has been submitted uses it."""

@@ -70,9 +70,8 @@ class Int8:
     time (LLM.int8(), arXiv 2208.07339, without its outliers). oneDNN's, on CPUs.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        scales = weight.float().abs().amax(1).clamp(min=1e-9) / 127
-        whole = (weight.float() / scales[:, None]).round_().to(torch.int8).contiguous()
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor) -> None:
+        whole = in_int8(weight, scales).contiguous()
         self._packed = torch.ops.onednn.qlinear_prepack(whole, [PACKED_FOR, weight.shape[1]])
         self._scales, self._bias, self._dtype = scales, bias, weight.dtype
         self._zeros = torch.zeros(len(scales), dtype=torch.int64)
@@ -96,9 +95,22 @@ class Int8:
         return (whole.float() * self._scales[:, None]).to(self._dtype)
 
 
-def product(weight: torch.Tensor, bias: torch.Tensor | None, weights: Weights) -> Product:
+def row_scales(weight: torch.Tensor) -> torch.Tensor:
+    """[out]: what one step of 8-bit integers is worth in each row of `weight` [out, in]."""
+    return weight.float().abs().amax(1).clamp(min=1e-9) / 127
+
+
+def in_int8(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """[out, in] of `weight` in 8-bit integers; what was made of such integers with `scales` becomes them again."""
+    return (weight.float() / scales[:, None]).round_().to(torch.int8)
+
+
+def product(
+    weight: torch.Tensor, bias: torch.Tensor | None, weights: Weights, scales: torch.Tensor | None = None
+) -> Product:
+    """`scales`: those with which `weight` was once made of 8-bit integers, where it was."""
     if weights == "int8":
-        return Int8(weight, bias)
+        return Int8(weight, bias, row_scales(weight) if scales is None else scales)
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     return Packed(weight, bias) if on_cpu and torch.backends.mkldnn.is_available() else Plain(weight, bias)
 
@@ -146,7 +158,10 @@ class Linear(torch.nn.Module):
         self.outputs = [matrix.shape[0] for matrix in matrices]
         self.changes: dict[str, list[Change | None]] = {}  # adapter -> of each layer
         self.bias = _side_by_side([layer.bias for layer in layers], self.outputs)
-        self._product = product(torch.cat(matrices) if len(matrices) > 1 else matrices[0], self.bias, weights)
+        scales = [layer.weight_scale for layer in layers if hasattr(layer, "weight_scale")]  # see int8_files
+        known = torch.cat(scales) if len(scales) == len(layers) else None
+        whole = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+        self._product = product(whole, self.bias, weights, known)
         self._turns, self._is_head = turns, is_head
 
     @property

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Several
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,15 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from plugins import hardware
 from plugins.engines import OpenVino, Torch
-from plugins.engines.adapters import Adapters
+from plugins.engines.adapters import NONE
 from plugins.engines.cache import BLOCK, SMALLEST, Cache, Place
-from plugins.engines.layers import Turns
 from plugins.engines.limits import longest
 from plugins.engines.openvino_files import exported
 from plugins.engines.scheduler import Piece, Scheduler, is_scored
 from plugins.engines.sequence import Sequence
+from plugins.engines.text import Voice
 from plugins.engines.torch import TorchEngine, kv_tokens
-from plugins.model_files import check_model_files
+from plugins.model_files import OPENVINO, check_model_files
 from plugins.pretrained import first_line, load
 from plugins.spec import UserError
 from plugins.types import ModelSource
@@ -43,16 +44,25 @@ WANTED = "wanted"  # an input of ours: the tokens after which the next is to be 
 
 
 class OpenVinoEngine(TorchEngine):
-    """An Engine, see plugins.engines: the torch engine but for what computes. It takes no adapters."""
+    """An Engine, see plugins.engines: the torch engine but for what computes.
+
+    The weights of an exported model are what they are: each adapter in memory is a whole model, merged before the export.
+    """
 
     def __init__(self, source: ModelSource, options: OpenVino, *, cpus: float, gpus: float = 0) -> None:
         if gpus:
             raise UserError(f"ServedModel.gpus = {gpus:g}: OpenVino computes on CPUs only")
-        check_model_files(source, "source.path")
+        check_model_files(source, "source.path", options.files)
         self._config = load(AutoConfig, source)
         self._longest = longest(self._config.get_text_config(), options.max_length, "OpenVino.max_length")
-        self._folder = exported(source, options.weights)
-        both = Torch(max_batch=options.max_batch, max_length=options.max_length, kv_memory=options.kv_memory)
+        self._weights = options.weights
+        self._base_folder = exported(source, options.weights)
+        both = Torch(
+            max_batch=options.max_batch,
+            max_length=options.max_length,
+            kv_memory=options.kv_memory,
+            max_adapters=options.max_adapters,
+        )
         super().__init__(source, both, cpus=cpus)
 
     def _open(self, options: Torch, cpus: float, gpus: float) -> tuple["Runner", Scheduler[Sequence]]:
@@ -60,23 +70,28 @@ class OpenVinoEngine(TorchEngine):
         self._cpus = ExitStack()
         device = hardware.device(0)
         tokenizer = load(AutoTokenizer, self._source)
-        runner = Runner(self._folder, hardware.compute_dtype(self._source.dtype, device), threads=max(1, int(cpus)))
-        self._know(tokenizer, _generation_config(self._source, self._config), runner.vocabulary)
+        dtype, threads = hardware.compute_dtype(self._source.dtype, device), max(1, int(cpus))
+        self._compile = partial(Model, dtype=dtype, threads=threads)
+        base = self._compile(self._base_folder)
+        self._know(tokenizer, _generation_config(self._source, self._config), base.vocabulary)
         free, most = hardware.free_memory(device), 2 * options.max_batch * self._longest
-        budget = kv_tokens(options.kv_memory, runner.token_bytes, free=free, most=most, field="OpenVino.kv_memory")
+        budget = kv_tokens(options.kv_memory, base.token_bytes, free=free, most=most, field="OpenVino.kv_memory")
+        self._pages = Pages(base.pages, budget // BLOCK)
         cache = Cache(
-            runner.make_pages(budget // BLOCK),
+            self._pages,
             budget=budget // BLOCK * BLOCK,
             longest=-(-self._longest // SMALLEST) * SMALLEST,
         )
         self._max_length = min(self._longest, cache.longest)
         if self._max_length < self._longest:
             log.info("prompts and answers may have %d tokens together: more do not fit into kv_memory", cache.longest)
-        return runner, Scheduler(cache, options.max_batch)
+        return Runner(base.reading(self._pages)), Scheduler(cache, options.max_batch)
 
-    async def load_adapter(self, name: str, run: Path) -> None:
-        """Raises UserError: the weights of an exported model are what they are."""
-        raise UserError(f"OpenVino serves no adapters: serve {run} with Torch, or merge it and serve the merged model")
+    def _open_run(self, run: Path) -> tuple["Model", Voice]:
+        """As the torch engine's, with base and adapter as one model; meanwhile others are served."""
+        adapter, voice = super()._open_run(run)
+        folder = exported(self._source, self._weights, adapter)
+        return self._compile(folder).reading(self._pages), voice
 
 
 class Pages:
@@ -112,10 +127,45 @@ class Pages:
             table[ours] = table[theirs]
 
 
-class Runner:
-    """A Computer: the exported model in `folder`, compiled. It is given its pages before it runs."""
+class Models:
+    """AdaptersInMemory, each a model, and the base's."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, *, threads: int) -> None:
+    def __init__(self, base: "Model") -> None:
+        self._models = {NONE: base}
+
+    def __getitem__(self, key: str) -> "Model":
+        return self._models[key]
+
+    def load(self, key: str, adapter: "Model") -> None:
+        self._models[key] = adapter
+
+    def remove(self, key: str) -> None:
+        del self._models[key]
+
+
+class Runner:
+    """A Computer: the base and its adapters, one after another, with their keys and values in the same pages."""
+
+    def __init__(self, base: "Model") -> None:
+        self.adapters = Models(base)
+
+    def run(self, pieces: Several[Piece[Any]]) -> tuple[torch.Tensor, list[tuple[Piece[Any], slice]]]:
+        """As in Computer."""
+        made, rows = [], []
+        known = 0
+        for key in dict.fromkeys(piece.running.sequence.adapter for piece in pieces):
+            mine = [piece for piece in pieces if piece.running.sequence.adapter == key]
+            logits, parts = self.adapters[key].run(mine)
+            rows += [(piece, slice(known + part.start, known + part.stop)) for piece, part in parts]
+            known += len(logits)
+            made.append(logits)
+        return torch.cat(made) if len(made) > 1 else made[0], rows
+
+
+class Model:
+    """The exported model in `folder`, compiled. Before it runs it is told which pages it reads."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, threads: int) -> None:
         """Raises UserError for a model whose attention cannot read from pages."""
         precision = PRECISIONS[dtype]
         settings = {
@@ -126,35 +176,33 @@ class Runner:
         }
         try:
             core = openvino.Core()
-            model = core.read_model(folder / "openvino_model.xml")
+            model = core.read_model(folder / OPENVINO)
             paged_attention_transformation(model)
             _pick_logits(model)
             compiled = core.compile_model(model, "CPU", settings)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the OpenVINO engine cannot serve this model: {first_line(error)}") from error
-        self.adapters = Adapters({}, Turns(), dtype)
         inputs = {port.any_name: port for port in compiled.inputs}
         self._asked = inputs.keys()
         caches = {name: port for name, port in inputs.items() if name.startswith(("key_cache.", "value_cache."))}
-        self._shapes = {
+        self.pages = {
             name: (port.element_type, tuple(size.get_length() for size in list(port.partial_shape)[1:]))
             for name, port in caches.items()
         }
-        if {shape[1] for _, shape in self._shapes.values()} != {BLOCK}:
+        if {shape[1] for _, shape in self.pages.values()} != {BLOCK}:
             raise UserError("the OpenVINO engine cannot serve this model: its attention has pages of another size")
-        self.token_bytes = sum(number.size * math.prod(shape) for number, shape in self._shapes.values()) // BLOCK
+        self.token_bytes = sum(number.size * math.prod(shape) for number, shape in self.pages.values()) // BLOCK
         self.vocabulary: int = compiled.outputs[0].partial_shape[2].get_length()
         self._request = compiled.create_infer_request()
 
-    def make_pages(self, count: int) -> "Pages":
-        """Room for keys and values, from which its attention reads from now on."""
-        pages = Pages(self._shapes, count)
+    def reading(self, pages: Pages) -> "Model":
+        """Itself, whose attention reads from `pages` now."""
         for name, tensor in pages.tensors.items():
             self._request.set_tensor(name, tensor)
-        return pages
+        return self
 
     def run(self, pieces: Several[Piece[Any]]) -> tuple[torch.Tensor, list[tuple[Piece[Any], slice]]]:
-        """As in Computer."""
+        """As in Computer, of sequences that are all of this model."""
         ids: list[int] = []
         positions: list[int] = []
         begins, past, table, table_begins, longest_seen = [0], [], [], [0], 0

@@ -18,7 +18,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plugins import hardware
-from plugins.engines import Torch, memory_size
+from plugins.engines import Torch, int8_files, memory_size
 from plugins.engines.adapters import NONE
 from plugins.engines.batching import Batcher, Computer
 from plugins.engines.cache import SMALLEST, Cache
@@ -50,7 +50,6 @@ class TorchEngine:
     """
 
     def __init__(self, source: ModelSource, options: Torch, *, cpus: float, gpus: float = 0) -> None:
-        check_model_files(source, "source.path")
         self._source = source
         self._batcher = Batcher(lambda: self._open(options, cpus, gpus))
         self._adapters: dict[str, _Adapter] = {}  # by name; those in memory, the least recently used first
@@ -69,13 +68,17 @@ class TorchEngine:
             return opened
 
     def _load(self, options: Torch, gpus: float) -> tuple[Computer, Scheduler[Sequence]]:
+        check_model_files(self._source, "source.path")
+        is_int8 = int8_files.is_int8(self._source)
+        if is_int8 and gpus:
+            raise UserError(f"{self._source.path!r} has weights in int8: the torch engine serves those on CPUs only")
         if options.weights == "int8" and gpus:
             raise UserError("Torch.weights = 'int8': on CPUs only; on a GPU leave it at 'same'")
-        tokenizer, model = load(AutoTokenizer, self._source), _load_model(self._source, gpus)
+        tokenizer, model = load(AutoTokenizer, self._source), _load_model(self._source, gpus, is_int8)
         self._know(tokenizer, model.generation_config, model.get_input_embeddings().num_embeddings)
         config = model.config.get_text_config()
         wanted = longest(config, options.max_length, "Torch.max_length")
-        runner = Runner(model, weights=options.weights)
+        runner = Runner(model, weights="int8" if is_int8 else options.weights)
         runner.check_length(config, wanted)
         free, most = hardware.free_memory(runner.device), 2 * options.max_batch * wanted
         budget = kv_tokens(options.kv_memory, runner.tables.token_bytes, free=free, most=most, field="Torch.kv_memory")
@@ -117,11 +120,11 @@ class TorchEngine:
             await self._load_run(name, run)
 
     async def _load_run(self, name: str, run: Path) -> None:
-        directory, voice = await asyncio.to_thread(self._open_run, run)
+        opened, voice = await asyncio.to_thread(self._open_run, run)
         # A key of our own: the old and the new one of a name are there together.
         self._loaded += 1
         adapter = _Adapter(f"adapter{self._loaded}", voice)
-        await asyncio.wrap_future(self._batcher.load_adapter(adapter.key, directory))
+        await asyncio.wrap_future(self._batcher.load_adapter(adapter.key, opened))
         replaced = self._adapters.pop(name, None)
         self._adapters[name], self._runs[name] = adapter, run
         if replaced is None and len(self._adapters) > self._max_adapters:
@@ -182,17 +185,24 @@ class TorchEngine:
             loop=loop,
         )
 
-    def _open_run(self, run: Path) -> tuple[Path, Voice]:
-        """Where the adapter of run directory `run` lies, and how it is spoken to. Raises UserError."""
+    def _open_run(self, run: Path) -> tuple[Any, Voice]:
+        """The adapter of run directory `run` as the runner loads it, here where it lies, and how it is spoken to.
+
+        Raises UserError.
+        """
         directory = adapter_directory(run)
         return directory, self._base.voice.of_run(run, self._source, self._tokens)
 
 
-def _load_model(source: ModelSource, gpus: float) -> Any:
+def _load_model(source: ModelSource, gpus: float, is_int8: bool) -> Any:
     """The model of `source` on this process's device, in its compute dtype."""
     device = hardware.device(gpus)
-    name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    model = load(AutoModelForCausalLM, source, **{name: hardware.compute_dtype(source.dtype, device)})
+    dtype = hardware.compute_dtype(source.dtype, device)
+    if is_int8:
+        model = int8_files.read(source, dtype)
+    else:
+        name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+        model = load(AutoModelForCausalLM, source, **{name: dtype})
     return model.to(device).eval().requires_grad_(False)
 
 
