@@ -2,12 +2,14 @@
 
 import asyncio
 import dataclasses
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -836,9 +838,13 @@ def test_compiled_beside_another_each_engine_has_its_own_model(base: Path, tmp_p
     try:
         wanted = [generated(model, "hello") for model in (base, other)]
         assert [ask(engine, "hello").text for engine in engines] == wanted
+        layers = [weakref.ref(engine._batcher._runner.adapters._layers["lm_head"][0]) for engine in engines]
     finally:
         for engine in engines:
             asyncio.run(engine.close())
+    del engine, engines
+    gc.collect()
+    assert [layer() for layer in layers] == [None, None]  # closed, they leave nothing in memory
 
 
 def test_a_forward_that_asks_what_its_tensors_hold_is_not_compiled() -> None:

@@ -6,6 +6,7 @@ the logits of a step; the kinds of them that there are, are compiled before the 
 """
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,9 +43,10 @@ class Compiled:
         self, forward: Callable[..., torch.Tensor], layers: Iterable[Linear | Embedding], device: torch.device
     ) -> None:
         self._turn = _Turn()
-        # The operators are there for as long as it is, and let go of the model with it.
         self._library = torch.library.Library(f"manta_model{next(NUMBERS)}", "DEF")
-        attention = _hide(self._library, list(dict.fromkeys(layers)), self._turn, device)
+        mine = list(dict.fromkeys(layers))
+        attention = _hide(self._library, mine, self._turn, device)
+        weakref.finalize(self, mine.clear)  # torch keeps the operators' functions for ever, but not the model
 
         def traced(ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
             return forward(ids, positions, attention, wanted)
