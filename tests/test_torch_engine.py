@@ -2,9 +2,14 @@
 
 import asyncio
 import dataclasses
+import gc
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from plugins.engines import Torch, batching, runner, scheduler
 from plugins.engines.cache import Cache
+from plugins.engines.compiled import Compiled
 from plugins.engines.text import TextStream
 from plugins.engines.torch import TorchEngine
 from plugins.spec import UserError
@@ -796,6 +802,72 @@ def test_consumers_whose_event_loop_is_gone_do_not_harm_the_others(base: Path) -
         engine.check()
     finally:
         asyncio.run(engine.close())
+
+
+# Compiled
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["llama", "qwen2, tied", "gpt2, learned positions"])
+def test_compiled_answers_are_the_same_and_nothing_is_compiled_once_it_is_ready(tmp_path: Path, name: str) -> None:
+    model = small_models.save_model(tmp_path / "model", None if name == "llama" else architecture(name))
+    adapter = small_models.save_lora_run(tmp_path / "adapter", model)
+    engine = start(model, compile=True)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    try:
+        asyncio.run(engine.load_adapter("adapter", adapter))
+        wanted = [generated(model, prompt) for prompt in PROMPTS]
+        changed = [generated(model, prompt, adapter) for prompt in PROMPTS]
+        assert [ask(engine, prompt).text for prompt in PROMPTS] == wanted
+        assert [ask(engine, prompt, adapter="adapter").text for prompt in PROMPTS] == changed
+        both = [text for pair in zip(wanted, changed, strict=True) for text in pair]
+        mixed = [lambda p=p, a=a: answer(engine, p, adapter=a) for p in PROMPTS for a in (None, "adapter")]
+        assert [delta.text for delta in run(engine, *mixed)] == both
+        long, scored = "hello world " * 15, ask(engine, PROMPTS[0], prompt_logprobs=0, max_tokens=1)
+        assert ask(engine, long).text == generated(model, long)
+        assert len(scored.prompt_logprobs) == scored.prompt_tokens
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    finally:
+        asyncio.run(engine.close())
+
+
+@pytest.mark.engine
+def test_compiled_beside_another_each_engine_has_its_own_model(base: Path, tmp_path: Path) -> None:
+    other = small_models.save_model(tmp_path / "other", seed=5)
+    engines = [start(model, compile=True) for model in (base, other)]
+    try:
+        wanted = [generated(model, "hello") for model in (base, other)]
+        assert [ask(engine, "hello").text for engine in engines] == wanted
+        layers = [weakref.ref(engine._batcher._runner.adapters._layers["lm_head"][0]) for engine in engines]
+    finally:
+        for engine in engines:
+            asyncio.run(engine.close())
+    del engine, engines
+    gc.collect()
+    assert [layer() for layer in layers] == [None, None]  # closed, they leave nothing in memory
+
+
+def test_a_forward_that_asks_what_its_tensors_hold_is_not_compiled() -> None:
+    def curious(ids: torch.Tensor, *_: Any) -> torch.Tensor:
+        return ids if ids.sum() > 3 else -ids
+
+    step = runner.Step(torch.arange(3), torch.arange(3), runner.Attention((), ()), torch.arange(2))
+    with pytest.raises(UserError, match=r"^Torch.compile = True: this model cannot be compiled: [^\n]+$"):
+        Compiled(curious, (), torch.device("cpu")).warm_up([step])
+
+
+@pytest.mark.engine
+def test_compiled_without_a_compiler_is_one_line(base: Path, tmp_path: Path) -> None:
+    program = (
+        "from plugins.engines import Torch\nfrom plugins.types import ModelSource\n"
+        f"Torch(compile=True).start(ModelSource({str(base)!r}, dtype='fp32'), cpus=1)"
+    )
+    env = os.environ | {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    env.pop("CXX", None)
+    ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+    assert ended.stderr.splitlines()[-1] == (
+        "plugins.spec.UserError: Torch.compile = True: needs a C++ compiler (g++) on each node"
+    )
 
 
 # At the door

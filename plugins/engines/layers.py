@@ -4,7 +4,7 @@ On a CPU, bf16 weights are reordered once, as inductor's freezing does; `torch.n
 call. With 8-bit weights a step has half as much to read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -163,6 +163,7 @@ class Linear(torch.nn.Module):
         whole = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
         self._product = product(whole, self.bias, weights, known)
         self._turns, self._is_head = turns, is_head
+        self.hidden: Callable[..., torch.Tensor] | None = None  # x, to -> as `added`: what a compiler sees
 
     @property
     def weight(self) -> torch.Tensor:
@@ -170,12 +171,16 @@ class Linear(torch.nn.Module):
         return self._product.weight()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.hidden is not None and torch.compiler.is_compiling():
+            return self.hidden(x, None)
         result = self._product(x)
         turns = self._turns.at_head if self._is_head else self._turns.tokens
         return self._changed(x, result, turns) if turns and self.changes else result
 
     def added(self, x: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
         """`to` [..., tokens, out] plus the product."""
+        if self.hidden is not None and torch.compiler.is_compiling():
+            return self.hidden(x, to)
         if self._turns.tokens and self.changes:
             return to + self.forward(x)
         return self._product.added(x, to)
@@ -225,12 +230,15 @@ class Embedding(torch.nn.Module):
         self.layer = layer
         self.changes: dict[str, list[Change | None]] = {}
         self._turns = turns
+        self.hidden: Callable[..., torch.Tensor] | None = None  # what a compiler sees
 
     @property
     def weight(self) -> Any:
         return self.layer.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.hidden is not None and torch.compiler.is_compiling():
+            return self.hidden(ids)
         result: torch.Tensor = self.layer(ids)
         for adapter, tokens in self._turns.tokens if self.changes else ():
             change = self.changes.get(adapter, [None])[0]

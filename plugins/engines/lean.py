@@ -112,7 +112,7 @@ class _Norm:
         self._twice = self._weight.repeat(2)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or len(x) > FEW:
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or len(x) > FEW:
             return functional.rms_norm(x, (self._width,), self._weight, self._eps)
         # There torch makes it of eight operators. x beside -x has the mean 0, so that its LayerNorm is the RMSNorm of x.
         both = torch.cat((x, -x), -1)

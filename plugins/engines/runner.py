@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from plugins.engines import lean
 from plugins.engines.adapters import NONE, Adapters
 from plugins.engines.cache import Cache, Place, Slab
+from plugins.engines.compiled import SIZES, Compiled
 from plugins.engines.layers import Embedding, Linear, Turns, Weights
 from plugins.engines.scheduler import Piece, Running, is_scored
 from plugins.pretrained import first_line
@@ -224,8 +225,11 @@ Forward = Callable[[Step], torch.Tensor]  # -> logits [wanted, vocab]
 class Runner:
     """A model and its `adapters`. `tables` makes the rows of keys and values that its steps read and write."""
 
-    def __init__(self, model: Any, *, weights: Weights = "same") -> None:
-        """Takes `model` over: its layers become ours. Raises UserError where that does not compute what the model does."""
+    def __init__(self, model: Any, *, weights: Weights = "same", compiled: bool = False) -> None:
+        """Takes `model` over: its layers become ours. Raises UserError where that does not compute what the model does.
+
+        `compiled`: what lies between them is compiled, which takes from some seconds to minutes.
+        """
         self.device, self.dtype = model.device, model.dtype
         refusal = f"the torch engine cannot serve {type(model).__name__}"
         try:
@@ -234,7 +238,11 @@ class Runner:
             self._forward, layers = lean.take_over(model, turns, weights) or _take_over(model, turns, weights)
             self.adapters = Adapters(layers, turns, self.dtype)
             self.tables = Tables(self._shapes(), self.dtype, self.device)
+            if compiled:
+                self._forward = self._compile([layer for layer, _ in layers.values()])
             off = self._off(alone)
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"{refusal}: {type(error).__name__}: {first_line(error)}") from error
         if not off <= (0.1 if weights == "int8" or self.dtype != torch.float32 else 1e-3):
@@ -313,13 +321,22 @@ class Runner:
         tokens = [name for piece in pieces for name in [piece.running.sequence.adapter] * piece.count]
         self.adapters.begin(tokens, [tokens[at] for at in wanted])
 
+    def _compile(self, layers: Sequence[Linear | Embedding]) -> Compiled:
+        forward = self._forward
+        made = Compiled(lambda *parts: forward(Step(*parts)), layers, self.device)
+        made.warm_up(self._probe_step(_Recorder(), *sizes) for sizes in SIZES)
+        return made
+
+    def _probe_step(self, attention: Attention, tokens: int, wanted: int) -> Step:
+        ids, positions = (torch.arange(tokens, device=self.device) for _ in range(2))
+        return Step(ids, positions, attention, torch.arange(wanted, device=self.device))
+
     @torch.inference_mode()
     def _shapes(self) -> list[tuple[int, int, int]]:
         """KV heads and widths of each layer, from what it asks of its attention."""
         recorder = _Recorder()
-        ids = torch.tensor(PROBES[0], device=self.device)
         self.adapters.begin((), ())
-        self._forward(Step(ids, torch.arange(len(ids), device=self.device), recorder, torch.tensor([0])))
+        self._forward(self._probe_step(recorder, 8, 1))
         if sorted(recorder.shapes) != list(range(len(recorder.shapes))):
             raise ValueError(f"its layers have the numbers {sorted(recorder.shapes)}")
         self.windows = recorder.windows
@@ -382,10 +399,11 @@ def _alone(model: Any, ids: list[int]) -> torch.Tensor:
 def _take_over(model: Any, turns: Turns, weights: Weights) -> tuple[Forward, dict[str, tuple[Linear | Embedding, int]]]:
     """transformers' own forward with our layers and our attention."""
     head = model.get_output_embeddings()
+    picks = "logits_to_keep" in inspect.signature(model.forward).parameters  # else its head is given every token
     layers: dict[str, tuple[Linear | Embedding, int]] = {}
     for name, module in list(model.named_modules()):
         if type(module) in (torch.nn.Linear, Conv1D):
-            layers[name] = (Linear([module], turns, weights=weights, is_head=module is head), 0)
+            layers[name] = (Linear([module], turns, weights=weights, is_head=picks and module is head), 0)
         elif type(module) is torch.nn.Embedding:
             layers[name] = (Embedding(module, turns), 0)
         else:
@@ -393,11 +411,8 @@ def _take_over(model: Any, turns: Turns, weights: Weights) -> tuple[Forward, dic
         model.set_submodule(name, layers[name][0])
     AttentionInterface.register(OURS, _attention)
     model.set_attn_implementation(OURS)
-    picks = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(step: Step) -> torch.Tensor:
-        if not picks:
-            turns.at_head = turns.tokens
         options = {"logits_to_keep": step.wanted} if picks else {}
         ids, positions = step.ids[None], step.positions[None]
         logits: torch.Tensor = model(

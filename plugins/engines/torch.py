@@ -78,7 +78,8 @@ class TorchEngine:
         self._know(tokenizer, model.generation_config, model.get_input_embeddings().num_embeddings)
         config = model.config.get_text_config()
         wanted = longest(config, options.max_length, "Torch.max_length")
-        runner = Runner(model, weights="int8" if is_int8 else options.weights)
+        weights = "int8" if is_int8 else options.weights
+        runner = Runner(model, weights=weights, compiled=options.compile)
         runner.check_length(config, wanted)
         free, most = hardware.free_memory(runner.device), 2 * options.max_batch * wanted
         budget = kv_tokens(options.kv_memory, runner.tables.token_bytes, free=free, most=most, field="Torch.kv_memory")
