@@ -4,7 +4,7 @@ On a CPU, bf16 weights are reordered once, as inductor's freezing does; `torch.n
 call. With 8-bit weights a step has half as much to read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -12,7 +12,6 @@ import torch
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-Weights = Literal["same", "int8"]
 PACKED_FOR = 32  # rows that the order of packed weights is best for
 
 
@@ -27,6 +26,10 @@ class Product(Protocol):
     def weight(self) -> torch.Tensor:
         """[out, in], as it computes with them."""
         ...
+
+
+Make = Callable[[torch.Tensor, torch.Tensor | None], Product]  # of weight and bias
+Weights = Literal["same", "int8"] | Make
 
 
 class Plain:
@@ -97,6 +100,8 @@ class Int8:
 
 
 def product(weight: torch.Tensor, bias: torch.Tensor | None, weights: Weights) -> Product:
+    if callable(weights):
+        return weights(weight, bias)
     if weights == "int8":
         return Int8(weight, bias)
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16

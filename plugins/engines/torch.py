@@ -71,7 +71,7 @@ class TorchEngine:
     def _load(self, options: Torch, gpus: float) -> tuple[Computer, Scheduler[Sequence]]:
         if options.weights == "int8" and gpus:
             raise UserError("Torch.weights = 'int8': on CPUs only; on a GPU leave it at 'same'")
-        tokenizer, model = load(AutoTokenizer, self._source), _load_model(self._source, gpus)
+        tokenizer, model = load(AutoTokenizer, self._source), load_model(self._source, gpus)
         self._know(tokenizer, model.generation_config, model.get_input_embeddings().num_embeddings)
         config = model.config.get_text_config()
         wanted = longest(config, options.max_length, "Torch.max_length")
@@ -188,7 +188,7 @@ class TorchEngine:
         return directory, self._base.voice.of_run(run, self._source, self._tokens)
 
 
-def _load_model(source: ModelSource, gpus: float) -> Any:
+def load_model(source: ModelSource, gpus: float) -> Any:
     """The model of `source` on this process's device, in its compute dtype."""
     device = hardware.device(gpus)
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
