@@ -48,6 +48,7 @@ class Contender:
 CONTENDERS = {
     "torch": Contender("Torch", ROOM),
     "openvino": Contender("OpenVino", ROOM),
+    "ipex": Contender("Ipex", ROOM, "ipex"),
     "vllm": Contender("Vllm", ROOM | {"max_adapters": 2, "max_rank": 8}, "vllm"),
     "upstream": Contender("Upstream", {}, has_adapters=False),
 }

@@ -19,6 +19,7 @@ from ui import cli
 GROUPS = """[dependency-groups]
 vllm = ["fast-engine>=2,<3", "ray[serve]", 'only-elsewhere; sys_platform == "no-such"']
 vllm-gpu = ["fast-engine>=2,<3", "ray[serve]"]
+ipex = ["old-engine==1", "ray[serve]"]
 """
 RAY = version("ray")
 
@@ -148,3 +149,4 @@ def test_engines_are_listed_with_what_they_need(project: Path, capsys: pytest.Ca
     assert vllm[0].endswith("yes")
     assert vllm[1].endswith("scripts/engine-env vllm-gpu makes it")
     assert any(line.startswith("Torch ") and line.endswith("yes") for line in lines)
+    assert any(line.startswith("Ipex ") and line.endswith("scripts/engine-env ipex makes it") for line in lines)

@@ -208,6 +208,33 @@ class OpenVino:
         write(source, weights, directory)
 
 
+@spec
+class Ipex:
+    """Intel's extension for PyTorch on CPUs (IPEX), with the torch engine's batching, parameters, constraints and adapters.
+
+    Its authors have archived it, in March 2026, and say that it has security issues that stay: choose it where it was
+    chosen before. For the same processors OpenVino is kept up and faster; Torch needs no environment of its own.
+    `weights`: "int8" and "int4" take less memory, and without AMX five to ten times as long. `max_batch`, `max_length`,
+    `kv_memory`, `max_adapters`: as of Torch.
+    """
+
+    environment: ClassVar[str] = "ipex"
+
+    weights: Literal["same", "int8", "int4"] = "same"
+    max_batch: Annotated[int, at_least(1)] = 64
+    max_length: Annotated[int | None, at_least(1)] = None
+    kv_memory: str = "25%"
+    max_adapters: Annotated[int, at_least(1)] = 16
+
+    def __post_init__(self) -> None:
+        memory_size(self.kv_memory, free=1, field="Ipex.kv_memory")
+
+    def start(self, source: ModelSource, cpus: float, gpus: float = 0) -> Engine:
+        from plugins.engines.ipex import IpexEngine
+
+        return IpexEngine(source, self, cpus=cpus, gpus=gpus)
+
+
 def memory_size(written: str, *, free: int, field: str) -> int:
     """Bytes of "25%" (of `free`), "2GiB" or "512MiB". Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|GiB|MiB)", written)
@@ -268,4 +295,5 @@ class Embedder:
         return EncoderEngine(source, max_batch=self.max_batch, max_length=self.max_length, cpus=cpus, gpus=gpus)
 
 
-SPECS = (Torch, OpenVino, Vllm, Upstream, Embedder)  # what a config can name; a spec from elsewhere needs no entry
+# What a config can name; a spec from elsewhere needs no entry.
+SPECS = (Torch, OpenVino, Ipex, Vllm, Upstream, Embedder)

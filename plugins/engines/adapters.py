@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,13 @@ class Adapters:
             raise _DoesNotFit(f"size mismatch: {name} is {shape}, and in the adapter {theirs}")
         return Replacement(self._here(parts["weight"]), self._here(parts["bias"]) if "bias" in parts else None)
 
+    @cached_property
+    def _device(self) -> torch.device:
+        device: torch.device = next(iter(self._layers.values()))[0].weight.device
+        return device
+
     def _here(self, tensor: torch.Tensor) -> torch.Tensor:
-        device = next(iter(self._layers.values()))[0].weight.device
-        return tensor.to(device, self._dtype).contiguous()
+        return tensor.to(self._device, self._dtype).contiguous()
 
 
 class _DoesNotFit(Exception):  # noqa: N818  it becomes a UserError with the adapter's directory in it

@@ -12,7 +12,6 @@ import torch
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-Weights = Literal["same", "int8"]
 PACKED_FOR = 32  # rows that the order of packed weights is best for
 
 
@@ -27,6 +26,10 @@ class Product(Protocol):
     def weight(self) -> torch.Tensor:
         """[out, in], as it computes with them."""
         ...
+
+
+Make = Callable[[torch.Tensor, torch.Tensor | None], Product]  # of weight and bias
+Weights = Literal["same", "int8"] | Make
 
 
 class Plain:
@@ -109,6 +112,8 @@ def product(
     weight: torch.Tensor, bias: torch.Tensor | None, weights: Weights, scales: torch.Tensor | None = None
 ) -> Product:
     """`scales`: those with which `weight` was once made of 8-bit integers, where it was."""
+    if callable(weights):
+        return weights(weight, bias)
     if weights == "int8":
         return Int8(weight, bias, row_scales(weight) if scales is None else scales)
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16

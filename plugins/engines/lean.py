@@ -15,36 +15,40 @@ if TYPE_CHECKING:
     from plugins.engines.runner import Step
 
 L = TypeVar("L", Linear, Embedding)
+MakeNorm = Callable[[Any], Callable[[torch.Tensor], torch.Tensor]]  # of a layer of the model
 
 FEW = 32  # tokens: with more, what operators cost by themselves is little
 ALIKE = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
 
 def take_over(
-    model: Any, turns: Turns, weights: Weights
+    model: Any, turns: Turns, weights: Weights, norm: MakeNorm
 ) -> tuple[Callable[["Step"], torch.Tensor], dict[str, tuple[Linear | Embedding, int]]] | None:
-    """The forward of `model`, whose own layers are used up, and ours by their names; None where it is of another kind."""
+    """The forward of `model`, whose own layers are used up, and ours by their names; None where it is of another kind.
+
+    `norm` makes what computes a layer's RMSNorm (arXiv 1910.07467) over the last dimension.
+    """
     if type(model).__name__ not in ALIKE or not type(model).__module__.startswith("transformers."):
         return None
     if model.config.hidden_act != "silu":
         return None
-    made = Lean(model, turns, weights)
+    made = Lean(model, turns, weights, norm)
     return made, made.layers
 
 
 class Lean:
     """Step -> logits [wanted, vocab]."""
 
-    def __init__(self, model: Any, turns: Turns, weights: Weights) -> None:
+    def __init__(self, model: Any, turns: Turns, weights: Weights, norm: MakeNorm) -> None:
         self.layers: dict[str, tuple[Linear | Embedding, int]] = {}
         core = model.model
         head = Linear([model.lm_head], turns, weights=weights, is_head=True)
         self._head = self._known({"lm_head": 0}, head)
         self._embed = self._known({"model.embed_tokens": 0}, Embedding(core.embed_tokens, turns))
-        self._rotary, self._norm = core.rotary_emb, _Norm(core.norm)
+        self._rotary, self._norm = core.rotary_emb, norm(core.norm)
         self._blocks = []
         for number, layer in enumerate(core.layers):
-            self._blocks.append(_Block(layer, number, turns, weights, self._known))
+            self._blocks.append(_Block(layer, number, turns, weights, norm, self._known))
             core.layers[number] = torch.nn.Identity()  # its weights are in our layers now
 
     def __call__(self, step: "Step") -> torch.Tensor:
@@ -66,7 +70,9 @@ class Lean:
 class _Block:
     """One layer: x [tokens, width] -> the same."""
 
-    def __init__(self, layer: Any, number: int, turns: Turns, weights: Weights, known: Callable[..., Any]) -> None:
+    def __init__(
+        self, layer: Any, number: int, turns: Turns, weights: Weights, norm: MakeNorm, known: Callable[..., Any]
+    ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._number, self._width, self._scale = number, attention.head_dim, attention.scaling
         everywhere = getattr(attention.config, "sliding_window", None)
@@ -82,9 +88,9 @@ class _Block:
         self._o = linear("self_attn", "o_proj")
         self._gate_up = linear("mlp", "gate_proj", "up_proj")
         self._down = linear("mlp", "down_proj")
-        self._before, self._after = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
-        self._q_norm = _Norm(attention.q_norm) if hasattr(attention, "q_norm") else None
-        self._k_norm = _Norm(attention.k_norm) if hasattr(attention, "k_norm") else None
+        self._before, self._after = norm(layer.input_layernorm), norm(layer.post_attention_layernorm)
+        self._q_norm = norm(attention.q_norm) if hasattr(attention, "q_norm") else None
+        self._k_norm = norm(attention.k_norm) if hasattr(attention, "k_norm") else None
         self._heads, self._kv_heads, _ = (outputs // self._width for outputs in self._qkv.outputs)
         self._inner = mlp.gate_proj.weight.shape[0]
 
@@ -103,8 +109,8 @@ class _Block:
         return self._down.added(functional.silu(gate, inplace=True) * up, x)
 
 
-class _Norm:
-    """RMSNorm (arXiv 1910.07467) over the last dimension, computed in fp32."""
+class Norm:
+    """torch's, computed in fp32."""
 
     def __init__(self, layer: Any) -> None:
         self._weight, self._eps = layer.weight.data, layer.variance_epsilon

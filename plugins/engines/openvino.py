@@ -17,15 +17,14 @@ from typing import Any
 import numpy as np
 import openvino
 import torch
-from numpy.typing import NDArray
 from openvino import opset13
 from openvino._offline_transformations import paged_attention_transformation
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from plugins import hardware
-from plugins.engines import OpenVino, Torch
+from plugins.engines import OpenVino, Torch, pages
 from plugins.engines.adapters import NONE
-from plugins.engines.cache import BLOCK, SMALLEST, Cache, Place
+from plugins.engines.cache import BLOCK, SMALLEST, Cache
 from plugins.engines.limits import longest
 from plugins.engines.openvino_files import exported
 from plugins.engines.scheduler import Piece, Scheduler, is_scored
@@ -94,37 +93,16 @@ class OpenVinoEngine(TorchEngine):
         return self._compile(folder).reading(self._pages), voice
 
 
-class Pages:
-    """A Store in pages of BLOCK tokens, which OpenVINO's attention finds by a table: any pages make a row.
+class Pages(pages.Pages):
+    """Pages as OpenVINO's tensors."""
 
-    `tables` of a slab are the numbers of its pages, [rows, pages of a row].
-    """
-
-    def __init__(self, shapes: Mapping[str, tuple[Any, tuple[int, ...]]], pages: int) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[Any, tuple[int, ...]]], count: int) -> None:
         """`shapes`: for each table of keys or values, by its name, the type of its numbers and the shape of a page."""
-        self.tensors: dict[str, openvino.Tensor] = {}
-        self._bytes = []  # the same memory, [pages, bytes of one]
-        for name, (number, shape) in shapes.items():
-            table = np.zeros((pages, number.size * math.prod(shape)), np.uint8)
-            self._bytes.append(table)
-            self.tensors[name] = openvino.Tensor(table.reshape(-1), openvino.Shape([pages, *shape]), number)
-        self._free = list(range(pages))
-
-    def make(self, rows: int, capacity: int) -> NDArray[np.int32]:
-        count = rows * capacity // BLOCK
-        taken, self._free = self._free[:count], self._free[count:]
-        return np.array(taken, np.int32).reshape(rows, -1)
-
-    def release(self, tables: NDArray[np.int32]) -> None:
-        self._free += tables.flatten().tolist()
-
-    def copy(self, source: Place, at: int, target: Place, to: int, tokens: int) -> None:
-        """Whole pages: rows are copied from their beginning, prefixes by the page."""
-        count = -(-tokens // BLOCK)
-        theirs = source.slab.tables[source.row, at // BLOCK :][:count]
-        ours = target.slab.tables[target.row, to // BLOCK :][:count]
-        for table in self._bytes:
-            table[ours] = table[theirs]
+        super().__init__([number.size * math.prod(shape) for number, shape in shapes.values()], count)
+        self.tensors = {
+            name: openvino.Tensor(table.reshape(-1), openvino.Shape([count, *shape]), number)
+            for (name, (number, shape)), table in zip(shapes.items(), self.memory, strict=True)
+        }
 
 
 class Models:

@@ -10,7 +10,7 @@ import math
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -225,19 +225,24 @@ Forward = Callable[[Step], torch.Tensor]  # -> logits [wanted, vocab]
 class Runner:
     """A model and its `adapters`. `tables` makes the rows of keys and values that its steps read and write."""
 
+    spec: ClassVar[str] = "Torch"
+    tolerated = 0.1  # how far off its logits may be, relatively, where it rounds more than fp32 does
+
     def __init__(self, model: Any, *, weights: Weights = "same", compiled: bool = False) -> None:
         """Takes `model` over: its layers become ours. Raises UserError where that does not compute what the model does.
 
         `compiled`: what lies between them is compiled, which takes from some seconds to minutes.
         """
         self.device, self.dtype = model.device, model.dtype
-        refusal = f"the torch engine cannot serve {type(model).__name__}"
+        refusal = f"the {self.spec.lower()} engine cannot serve {type(model).__name__}"
         try:
             alone = [_alone(model, ids) for ids in PROBES]
             turns = Turns()
-            self._forward, layers = lean.take_over(model, turns, weights) or _take_over(model, turns, weights)
+            self._forward, layers = lean.take_over(model, turns, weights, self._norm) or _take_over(
+                model, turns, weights
+            )
             self.adapters = Adapters(layers, turns, self.dtype)
-            self.tables = Tables(self._shapes(), self.dtype, self.device)
+            self.tables = self._tables(self._shapes())
             if compiled:
                 self._forward = self._compile([layer for layer, _ in layers.values()])
             off = self._off(alone)
@@ -245,7 +250,7 @@ class Runner:
             raise
         except Exception as error:
             raise UserError(f"{refusal}: {type(error).__name__}: {first_line(error)}") from error
-        if not off <= (0.1 if weights == "int8" or self.dtype != torch.float32 else 1e-3):
+        if not off <= (self.tolerated if weights != "same" or self.dtype != torch.float32 else 1e-3):
             raise UserError(f"{refusal}: in a batch its logits are off by {off:.1%}")
 
     def check_length(self, config: Any, length: int) -> None:
@@ -253,15 +258,14 @@ class Runner:
         kinds = set(getattr(config, "layer_types", None) or ())
         window = getattr(config, "sliding_window", None)
         if window and window < length and kinds != {"full_attention"} and self.windows == {None}:
-            raise UserError(
-                f"the torch engine cannot serve this model: its window of {window} is not told to its attention"
-            )
+            wrong = f"its window of {window} is not told to its attention"
+            raise UserError(f"the {self.spec.lower()} engine cannot serve this model: {wrong}")
         rope = getattr(config, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("dynamic", "longrope"):
             made_for = rope.get("original_max_position_embeddings") or config.max_position_embeddings
             if length > made_for:
                 words = "beyond which this model's positions depend on the batch"
-                raise UserError(f"Torch.max_length = {length}: at most {made_for}, {words}")
+                raise UserError(f"{self.spec}.max_length = {length}: at most {made_for}, {words}")
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece[Any]]) -> tuple[torch.Tensor, list[tuple[Piece[Any], slice]]]:
@@ -290,6 +294,12 @@ class Runner:
             wanted=torch.tensor(wanted or [0], device=self.device),  # not every product takes no rows at all
         )
         return self._forward(step)[: len(wanted)], rows
+
+    def _norm(self, layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lean.Norm(layer)
+
+    def _tables(self, shapes: Sequence[tuple[int, int, int]]) -> Any:
+        return Tables(shapes, self.dtype, self.device)
 
     def _attention(self, decoding: Sequence[Piece[Any]], reading: Sequence[Piece[Any]]) -> Attention:
         parts, first = [], 0

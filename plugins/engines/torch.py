@@ -74,7 +74,7 @@ class TorchEngine:
             raise UserError(f"{self._source.path!r} has weights in int8: the torch engine serves those on CPUs only")
         if options.weights == "int8" and gpus:
             raise UserError("Torch.weights = 'int8': on CPUs only; on a GPU leave it at 'same'")
-        tokenizer, model = load(AutoTokenizer, self._source), _load_model(self._source, gpus, is_int8)
+        tokenizer, model = load(AutoTokenizer, self._source), load_model(self._source, gpus, is_int8)
         self._know(tokenizer, model.generation_config, model.get_input_embeddings().num_embeddings)
         config = model.config.get_text_config()
         wanted = longest(config, options.max_length, "Torch.max_length")
@@ -195,7 +195,7 @@ class TorchEngine:
         return directory, self._base.voice.of_run(run, self._source, self._tokens)
 
 
-def _load_model(source: ModelSource, gpus: float, is_int8: bool) -> Any:
+def load_model(source: ModelSource, gpus: float, is_int8: bool = False) -> Any:
     """The model of `source` on this process's device, in its compute dtype."""
     device = hardware.device(gpus)
     dtype = hardware.compute_dtype(source.dtype, device)

@@ -1,0 +1,272 @@
+"""The IPEX engine: the torch engine with kernels of Intel's extension for PyTorch 2.8, which is the last one.
+
+Upstream is archived since March 2026, and says that security issues stay. OpenVino is kept up and faster on the same
+processors; Torch has the same answers without an environment of its own.
+
+Keys and values lie in pages, which IPEX's attention reads through a table: with the write into them it takes less than half
+of the time of the torch engine's. The norms are IPEX's too, and so are products of weights in few bits. Products of bf16 are
+the torch engine's: oneDNN's with packed weights, beside which IPEX's own (`ipex.optimize`, TPP) gained nothing, or a tenth at 8 rows.
+`ipex.llm.optimize` is not used: it makes a model's forward one with a cache of its own, in which requests cannot come and
+go, knows few architectures, and wants a transformers that reads newer models wrongly. In process, on two cores, this engine
+made about 0.9, 1.2 and 1.1 times its `generate`'s tokens a second, with 1, 8 and 32 sequences.
+"""
+
+import itertools
+import logging
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from plugins import hardware
+from plugins.engines import Ipex, Torch, runner
+from plugins.engines.batching import Computer
+from plugins.engines.cache import BLOCK, SMALLEST, Cache
+from plugins.engines.layers import Make
+from plugins.engines.limits import longest
+from plugins.engines.pages import Pages
+from plugins.engines.scheduler import Piece, Scheduler
+from plugins.engines.sequence import Sequence
+from plugins.engines.torch import TorchEngine, kv_tokens, load_model
+from plugins.model_files import check_model_files
+from plugins.pretrained import load
+from plugins.spec import UserError
+from plugins.types import ModelSource
+
+log = logging.getLogger(__name__)
+
+NEEDED = {"torch": "2.8", "intel-extension-for-pytorch": "2.8"}  # on another torch it ends the process
+PROBED = 1024 // BLOCK  # pages for the probes of a new runner
+GROUP = 64  # inputs that share a scale in 4-bit weights
+
+
+class IpexEngine(TorchEngine):
+    """An Engine, see plugins.engines: the torch engine but for what computes."""
+
+    def __init__(self, source: ModelSource, options: Ipex, *, cpus: float, gpus: float = 0) -> None:
+        if gpus:
+            raise UserError(f"ServedModel.gpus = {gpus:g}: Ipex computes on CPUs only")
+        check_versions()
+        self._weights = options.weights
+        both = Torch(
+            max_batch=options.max_batch,
+            max_length=options.max_length,
+            kv_memory=options.kv_memory,
+            max_adapters=options.max_adapters,
+        )
+        super().__init__(source, both, cpus=cpus)
+
+    def _load(self, options: Torch, gpus: float) -> tuple[Computer, Scheduler[Sequence]]:
+        check_model_files(self._source, "source.path")
+        tokenizer, model = load(AutoTokenizer, self._source), load_model(self._source, gpus)
+        self._know(tokenizer, model.generation_config, model.get_input_embeddings().num_embeddings)
+        config = model.config.get_text_config()
+        wanted = longest(config, options.max_length, "Ipex.max_length")
+        runner = Runner(model, self._weights)
+        runner.check_length(config, wanted)
+        free, most = hardware.free_memory(runner.device), 2 * options.max_batch * wanted
+        budget = kv_tokens(options.kv_memory, runner.tables.token_bytes, free=free, most=most, field="Ipex.kv_memory")
+        cache = Cache(
+            runner.make_pages(budget // BLOCK),
+            budget=budget // BLOCK * BLOCK,
+            longest=-(-wanted // SMALLEST) * SMALLEST,
+        )
+        self._max_length = min(wanted, cache.longest)
+        if self._max_length < wanted:
+            log.info("prompts and answers may have %d tokens together: more do not fit into kv_memory", cache.longest)
+        return runner, Scheduler(cache, options.max_batch)
+
+
+def check_versions() -> None:
+    """Raise UserError where IPEX is not what this module was written for, or would end the process when imported."""
+    for name, wanted in NEEDED.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            found = None
+        if found is None or found.split(".")[:2] != wanted.split("."):
+            here = f"{name} {found}" if found else f"no {name}"
+            raise UserError(
+                f"Ipex needs {name} {wanted}, and here is {here}: scripts/engine-env ipex makes an environment that has it"
+            )
+
+
+def kernels() -> Any:
+    """IPEX's own operators."""
+    check_versions()
+    import intel_extension_for_pytorch  # noqa: F401  # adds them to torch
+
+    return torch.ops.torch_ipex
+
+
+class Tables(Pages):
+    """Pages of keys and values as tensors: for each layer two, [pages, KV heads, BLOCK, width]."""
+
+    def __init__(self, shapes: Several[tuple[int, int, int]], dtype: torch.dtype, count: int) -> None:
+        kinds = [(heads, width) for heads, *widths in shapes for width in widths]
+        super().__init__([heads * BLOCK * width * dtype.itemsize for heads, width in kinds], count)
+        self.token_bytes = sum(heads * width for heads, width in kinds) * dtype.itemsize
+        made = [
+            torch.from_numpy(table).view(dtype).view(count, heads, BLOCK, width)
+            for table, (heads, width) in zip(self.memory, kinds, strict=True)
+        ]
+        self.layers = list(itertools.pairwise(made))[::2]
+
+
+class Runner(runner.Runner):
+    """The torch engine's runner with other kernels. It is given its pages before it serves."""
+
+    spec = "Ipex"
+
+    def __init__(self, model: Any, weights: str) -> None:
+        self._kernels = kernels()
+        if weights == "int4":
+            self.tolerated = 0.5
+        super().__init__(model, weights="same" if weights == "same" else in_few_bits(weights))
+
+    def make_pages(self, count: int) -> Tables:
+        """Room for keys and values, from which its attention reads from now on."""
+        self.tables = tables = Tables(self._kinds, self.dtype, count)
+        return tables
+
+    def _norm(self, layer: Any) -> "Norm":
+        return Norm(self._kernels, layer)
+
+    def _tables(self, shapes: Several[tuple[int, int, int]]) -> Tables:
+        if odd := next((shape for shape in shapes if shape[1] != shape[2]), None):
+            raise ValueError(f"its keys have {odd[1]} numbers and its values {odd[2]}")
+        self._kinds = shapes
+        return self.make_pages(PROBED)
+
+    def _attention(self, decoding: Several[Piece[Any]], reading: Several[Piece[Any]]) -> "Attention":
+        return Attention(self._kernels, self.tables, decoding, reading)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What some pieces of a step see: the pages of each, [pieces, pages], and how many tokens that are, [pieces]."""
+
+    pages: torch.Tensor
+    lengths: torch.Tensor
+    longest: int
+
+    @classmethod
+    def by(cls, pieces: Several[Piece[Any]]) -> "Seen":
+        lengths = [piece.running.place.length + piece.count for piece in pieces]
+        longest = max(lengths, default=0)
+        table = np.zeros((len(pieces), -(-longest // BLOCK)), np.int32)
+        for row, piece, length in zip(table, pieces, lengths, strict=True):
+            place, count = piece.running.place, -(-length // BLOCK)
+            row[:count] = place.slab.tables[place.row, :count]
+        return cls(torch.from_numpy(table), torch.tensor(lengths, dtype=torch.int32), longest)
+
+
+class Attention(runner.Attention):
+    """The attention of one step, by IPEX."""
+
+    def __init__(
+        self, kernels: Any, tables: Tables, decoding: Several[Piece[Any]], reading: Several[Piece[Any]]
+    ) -> None:
+        self._kernels, self._layers, self._ends = kernels, tables.layers, len(decoding)
+        slots: list[int] = []
+        for piece in [*decoding, *reading]:
+            place = piece.running.place
+            pages = place.slab.tables[place.row]
+            slots += [
+                int(pages[at // BLOCK]) * BLOCK + at % BLOCK for at in range(place.length, place.length + piece.count)
+            ]
+        self._slots = torch.tensor(slots, dtype=torch.int32)
+        self._by_decoding, self._by_reading = Seen.by(decoding), Seen.by(reading)
+        counts = [piece.count for piece in reading]
+        self._begins, self._seen_begins = (
+            torch.tensor([0, *itertools.accumulate(each)], dtype=torch.int32)
+            for each in (counts, self._by_reading.lengths.tolist())
+        )
+        self._most = max(counts, default=0)
+        self._heads: dict[tuple[int, int], torch.Tensor] = {}
+
+    def _kv_heads(self, heads: int, kv_heads: int) -> torch.Tensor:
+        """[heads]: the KV head of each; hardly ever different in another layer."""
+        if (heads, kv_heads) not in self._heads:
+            every = torch.arange(kv_heads, dtype=torch.int32)
+            self._heads[heads, kv_heads] = every.repeat_interleave(heads // kv_heads)
+        return self._heads[heads, kv_heads]
+
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """As its parent."""
+        keys, values = self._layers[layer]
+        self._kernels.reshape_and_cache(key, value, keys, values, self._slots, "auto", 1.0, 1.0)
+        result = torch.empty_like(query, memory_format=torch.contiguous_format)
+        ends, cap = self._ends, softcap or -1.0
+        if ends:
+            seen, heads = self._by_decoding, self._kv_heads(query.shape[1], key.shape[1])
+            self._kernels.single_query_cached_kv_attention(
+                result[:ends], query[:ends], keys, values, heads, scale, seen.pages, seen.lengths, BLOCK,
+                seen.longest, None, window or -1, 1.0, 1.0, cap,
+            )  # fmt: skip
+        if ends < len(query):
+            seen, before = self._by_reading, (window or 0) - 1  # this many tokens before each; -1: all
+            self._kernels.flash_attn_varlen_func(
+                result[ends:], query[ends:], keys, values, self._begins, self._seen_begins, self._most,
+                seen.longest, scale, True, seen.pages, None, before, -1, "auto", 1.0, 1.0, cap,
+            )  # fmt: skip
+        return result
+
+
+class Norm:
+    """RMSNorm, computed in fp32."""
+
+    def __init__(self, kernels: Any, layer: Any) -> None:
+        self._kernels, self._weight, self._eps = kernels, layer.weight.data, layer.variance_epsilon
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self._kernels.rmsnorm(x, self._weight, self._eps)
+        return result
+
+
+class FewBits:
+    """A Product of weights in few bits, which IPEX makes whole again as it multiplies."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, bits: str) -> None:
+        from intel_extension_for_pytorch.nn.modules import WeightOnlyQuantizedLinear
+        from intel_extension_for_pytorch.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping
+
+        outputs, self._inputs = weight.shape
+        linear = torch.nn.Linear(self._inputs, outputs, bias is not None, device="meta", dtype=weight.dtype)
+        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            linear.bias = torch.nn.Parameter(bias, requires_grad=False)
+        kind, group = {"int8": (WoqWeightDtype.INT8, -1), "int4": (WoqWeightDtype.INT4, GROUP)}[bits]
+        linear.qconfig = get_weight_only_quant_qconfig_mapping(weight_dtype=kind, group_size=group).global_qconfig
+        self._linear, self._bias, self._dtype = WeightOnlyQuantizedLinear.from_float(linear), bias, weight.dtype
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self._linear(x)
+        return result
+
+    def added(self, x: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        return to + self(x)
+
+    def weight(self) -> torch.Tensor:
+        """What it makes of each input by itself."""
+        made = self(torch.eye(self._inputs, dtype=self._dtype))
+        return (made if self._bias is None else made - self._bias).t()
+
+
+def in_few_bits(bits: str) -> Make:
+    return partial(FewBits, bits=bits)
