@@ -89,6 +89,19 @@ def pin_threads(cpus: float) -> ExitStack:
     return claim
 
 
+def confine_threads(cpus: float) -> ExitStack:
+    """Let the calling thread, and those that it starts from now on, run only on CPUs that no other replica here has.
+
+    For libraries whose threads come and go as they like. The rest is as in `pin_threads`.
+    """
+    if platform.system() != "Linux" or cpus != int(cpus):
+        return ExitStack()
+    places, claim = claim_cpus(int(cpus))
+    if places:
+        os.sched_setaffinity(0, places)
+    return claim
+
+
 def _is_called(task: Path, name: str) -> bool:
     with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile, as an earlier engine's may
         return (task / "comm").read_text().strip() == name

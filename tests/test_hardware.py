@@ -67,3 +67,29 @@ def test_each_thread_of_a_team_has_a_cpu_or_none_has() -> None:
     assert team() in ([[cpu] for cpu in everywhere], anywhere)  # anywhere: if an engine computes on this machine
     with pinned():
         assert team() == anywhere
+
+
+def test_threads_of_a_confined_one_stay_with_it() -> None:
+    """Also those that a library starts: a thread inherits where it may run."""
+    everywhere = os.sched_getaffinity(0)
+    places: list[set[int]] = []
+    ready, done = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with hardware.confine_threads(1):
+            child = threading.Thread(target=lambda: places.append(os.sched_getaffinity(0)))
+            child.start()
+            child.join()
+            ready.set()
+            done.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    ready.wait()
+    with pinned() as other:
+        (own,) = places
+        assert everywhere in (own, other) or not own & other  # everywhere: where no CPU is left
+        assert len(own) in (1, len(everywhere))
+    done.set()
+    thread.join()
+    assert os.sched_getaffinity(0) == everywhere

@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Several
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,10 +65,15 @@ class OpenVinoEngine(TorchEngine):
 
     def _open(self, options: Torch, cpus: float, gpus: float) -> tuple["Runner", Scheduler[Sequence]]:
         hardware.use_cpus(1)  # of torch, which only chooses tokens here: more threads would be in the way of OpenVINO's
-        self._cpus = ExitStack()
+        with hardware.confine_threads(cpus) as claim:
+            opened = self._load_exported(options, max(1, int(cpus)))
+            self._cpus = claim.pop_all()
+            return opened
+
+    def _load_exported(self, options: Torch, threads: int) -> tuple["Runner", Scheduler[Sequence]]:
         device = hardware.device(0)
         tokenizer = load(AutoTokenizer, self._source)
-        dtype, threads = hardware.compute_dtype(self._source.dtype, device), max(1, int(cpus))
+        dtype = hardware.compute_dtype(self._source.dtype, device)
         self._compile = partial(Model, dtype=dtype, threads=threads)
         base = self._compile(self._base_folder)
         self._know(tokenizer, _generation_config(self._source, self._config), base.vocabulary)
