@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 
 from plugins import cluster
-from plugins.engines import OwnEnvironment
+from plugins.engines import OpenVino, OwnEnvironment
 from plugins.environments import SHORT_WAITS, Environment
 from plugins.model_files import WEIGHTS, check_model_files
 from plugins.runs import Run, find_runs, read_run, same_base
@@ -109,10 +109,12 @@ def _deployment(model: ServedModel, runs: Runs) -> serve.Application:
 
 
 def check_environments(config: ServeConfig) -> None:
-    """Raise UserError where an engine's own environment is missing or broken."""
+    """Raise UserError where an engine's own environment, or what it needs to export a model, is missing or broken."""
     for index, model in enumerate(config.models):
         if environment := _environment(model):
             environment.check(f"models.{index}.engine = {type(model.engine).__name__}")
+        if isinstance(model.engine, OpenVino) and model.source.is_local:
+            model.engine.check_export(model.source, f"models.{index}.source.path")
 
 
 def _environment(model: ServedModel) -> Environment | None:

@@ -379,7 +379,9 @@ def test_four_engines_behind_one_ingress_and_each_lives_and_dies_by_itself(serve
         source = f"source=ModelSource({str(project / 'base')!r}, dtype='fp32'), cpus=0.4"
         engines = ("torch", "Torch"), ("ipex", "Ipex"), ("openvino", "OpenVino")
         models = [f"ServedModel(id='{name}', engine={engine}(max_length=256), {source})" for name, engine in engines]
-        models.append(f"ServedModel(id='far', engine=Upstream(url='{upstream}/v1'), source=ModelSource('far'), cpus=0.1)")
+        models.append(
+            f"ServedModel(id='far', engine=Upstream(url='{upstream}/v1'), source=ModelSource('far'), cpus=0.1)"
+        )
         port = served.url.rpartition(":")[2]
         (project / "four.py").write_text(
             f"from serve import *\nconfig = ServeConfig(models=({', '.join(models)}), port={port})\n"

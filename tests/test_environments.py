@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from plugins import environments
-from plugins.engines import Torch, Vllm
+from plugins.engines import OpenVino, Torch, Vllm
 from plugins.environments import Environment
 from plugins.spec import UserError
 from plugins.types import ModelSource
@@ -20,6 +20,7 @@ GROUPS = """[dependency-groups]
 vllm = ["fast-engine>=2,<3", "ray[serve]", 'only-elsewhere; sys_platform == "no-such"']
 vllm-gpu = ["fast-engine>=2,<3", "ray[serve]"]
 ipex = ["old-engine==1", "ray[serve]"]
+openvino-export = ["writer"]
 """
 RAY = version("ray")
 
@@ -99,6 +100,17 @@ def test_a_missing_environment_is_told_with_the_command_that_makes_it(project: P
     check_environments(config(engine=Torch()))
 
 
+def test_a_model_that_has_yet_to_be_exported_needs_what_exports_it(project: Path) -> None:
+    (project / "model").mkdir()
+    own = ServedModel(id="own", source=ModelSource(str(project / "model")), engine=OpenVino())
+    with pytest.raises(
+        UserError, match=r"^models\.0\.source\.path = '.*/model' has to be exported .* engine-env openvino-"
+    ):
+        check_environments(ServeConfig(models=(own,)))
+    (project / "model/openvino_model.xml").touch()  # as manta quantize writes it
+    check_environments(ServeConfig(models=(own,)))
+
+
 @pytest.mark.parametrize(
     ("python", "words"),
     [
@@ -149,4 +161,5 @@ def test_engines_are_listed_with_what_they_need(project: Path, capsys: pytest.Ca
     assert vllm[0].endswith("yes")
     assert vllm[1].endswith("scripts/engine-env vllm-gpu makes it")
     assert any(line.startswith("Torch ") and line.endswith("yes") for line in lines)
+    assert any(line.startswith("OpenVino ") and line.endswith("engine-env openvino-export makes it") for line in lines)
     assert any(line.startswith("Ipex ") and line.endswith("scripts/engine-env ipex makes it") for line in lines)

@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def needs_export(test: Any) -> Any:
-    return pytest.mark.engine(pytest.mark.environment(openvino_files.ENVIRONMENT)(test))
+    return pytest.mark.engine(pytest.mark.environment(OpenVino.exporter)(test))
 
 
 @pytest.fixture(scope="module")

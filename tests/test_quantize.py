@@ -186,7 +186,7 @@ def made(folder: Path) -> Path:
 
 
 @pytest.mark.engine
-@pytest.mark.environment(openvino_files.ENVIRONMENT)
+@pytest.mark.environment(OpenVino.exporter)
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_a_model_in_openvinos_format_is_served_without_another_export(
     base: Path,

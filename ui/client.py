@@ -269,8 +269,10 @@ class Platform:
         for spec in SPECS:
             if (own := getattr(spec, "environment", None)) is None:
                 found.append(EngineStatus(spec.__name__, None, "", None))
-                continue
-            for one in dict.fromkeys(Environment.find(own, gpus=gpus) for gpus in (0, 1)):
+            others = [Environment.find(own, gpus=gpus) for gpus in (0, 1)] if own else []
+            if exporter := getattr(spec, "exporter", None):
+                others.append(Environment.find(exporter))
+            for one in dict.fromkeys(others):
                 needs = ", ".join(map(str, one.needs))
                 found.append(EngineStatus(spec.__name__, one.name, needs, one.problem()))
         return found

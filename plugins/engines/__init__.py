@@ -120,7 +120,8 @@ class Vllm:
     and "90%" on GPUs. `quantization`: vLLM's name for it, such as "fp8"; None is what the model's files say.
     `max_adapters`: adapters beside the base. With room for any, the base is slower too, on CPUs much, and for each it
     takes the memory that `max_rank` needs, used or not.
-    `compiled`: compile the model, so that a start takes minutes; None is yes on GPUs, where it is worth that, no on CPUs.
+    `compiled`: compile the model, so that a start takes minutes; None is yes on GPUs, no on CPUs, where a small model then
+    made 1.1 times the tokens a second.
     """
 
     environment: ClassVar[str] = "vllm"
@@ -186,6 +187,7 @@ class OpenVino:
     """
 
     files: ClassVar[tuple[str, ...]] = (*WEIGHTS, OPENVINO)
+    exporter: ClassVar[str] = "openvino-export"  # the environment that exports
     quantized: ClassVar[tuple[str, ...]] = ("int8", "int4")
 
     weights: Literal["same", "fp32", "bf16", "fp16", "int8", "int4"] = "same"
@@ -201,6 +203,12 @@ class OpenVino:
         from plugins.engines.openvino import OpenVinoEngine
 
         return OpenVinoEngine(source, self, cpus=cpus, gpus=gpus)
+
+    def check_export(self, source: ModelSource, field: str) -> None:
+        """Raise UserError, naming `field`, where `source` has yet to be exported, and cannot be for want of the exporter."""
+        from plugins.engines.openvino_files import check_export
+
+        check_export(source, self.weights, field)
 
     def quantize(self, source: ModelSource, weights: str, directory: Path) -> None:
         from plugins.engines.openvino_files import write

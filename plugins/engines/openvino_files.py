@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from plugins.engines import OpenVino
 from plugins.environments import Environment
 from plugins.model_files import copy_beside, is_openvino, quantization
 from plugins.older_transformers import write_older_keys
@@ -23,7 +24,6 @@ from plugins.types import ModelSource
 
 log = logging.getLogger(__name__)
 
-ENVIRONMENT = "openvino-export"
 SCRIPT = Path(__file__).with_name("openvino_export.py")
 SAYS = "export: "  # how a line of the script begins that is meant for the user
 
@@ -41,7 +41,7 @@ def exported(source: ModelSource, weights: str, adapter: Path | None = None) -> 
     folder = _cache() / _key(model, weights, adapter)
     if folder.is_dir():
         return folder
-    python = _python(source)
+    python = _python(f"{source.path!r}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone(folder.with_suffix(".lock")):
         if not folder.is_dir():  # another process may have written it meanwhile
@@ -58,12 +58,23 @@ def exported(source: ModelSource, weights: str, adapter: Path | None = None) -> 
     return folder
 
 
+def check_export(source: ModelSource, weights: str, field: str) -> None:
+    """Raise UserError, naming `field`, where the local `source` has yet to be exported and there is nothing that does it."""
+    try:
+        _python(f"{field} = {source.path!r}")
+    except UserError:
+        model = directory_of(source)
+        # The key last: it takes reading all of the model.
+        if not is_openvino(model) and not (_cache() / _key(model, weights)).is_dir():
+            raise
+
+
 def write(source: ModelSource, weights: str, folder: Path) -> None:
     """Write `source` into the empty `folder` as a model in OpenVINO's format that stands alone, with such `weights`.
 
     Raises UserError as `exported` does.
     """
-    _export(_python(source), source, weights, None, folder)
+    _export(_python(f"{source.path!r}"), source, weights, None, folder)
     copy_beside(directory_of(source), folder)  # for those that the export has written anew
 
 
@@ -96,11 +107,11 @@ def _key(model: Path, weights: str, adapter: Path | None = None) -> str:
     return whole.hexdigest()[:40]
 
 
-def _python(source: ModelSource) -> str:
-    """The Python that exports."""
-    environment = Environment.find(ENVIRONMENT)
+def _python(model: str) -> str:
+    """The Python that exports, for what is called `model` in the UserError where there is none."""
+    environment = Environment.find(OpenVino.exporter)
     if problem := environment.problem():
-        raise UserError(f"{source.path!r} has to be exported to OpenVINO's format, and {problem}")
+        raise UserError(f"{model} has to be exported to OpenVINO's format, and {problem}")
     return environment.python
 
 

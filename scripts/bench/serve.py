@@ -225,7 +225,9 @@ def table(medians: Mapping[str, Result], ratios: Sequence[Result]) -> str:
         lines.append("")
     for ratio in ratios:
         what = f"{ratio['of']} / {ratio['to']}, {ratio['load']}"
-        lines.append(f"{what:<42}{ratio['tokens_per_s']:15.2f}{ratio['first_p50_ms_more']:+15.1f} ms")
+        # Who answers in lockstep has no first token.
+        first = "" if ratio["to"] in LOCKSTEP else f"{ratio['first_p50_ms_more']:+15.1f} ms"
+        lines.append(f"{what:<42}{ratio['tokens_per_s']:15.2f}{first}")
     for name, result in medians.items():
         if mixed := result["loads"].get("mixed"):
             longest = mixed["token_gap_longest_ms"] / mixed["token_gap_p50_ms"]

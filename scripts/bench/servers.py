@@ -80,7 +80,7 @@ ENGINES = {  # those of ours, by the name of their contender
     "openvino": f"OpenVino(max_batch={load.MIXED_CLIENTS})",
     "openvino-int8": f"OpenVino(max_batch={load.MIXED_CLIENTS}, weights='int8')",
     "ipex": f"Ipex(max_batch={load.MIXED_CLIENTS})",
-    "vllm": f"Vllm(max_batch={load.MIXED_CLIENTS}, kv_memory='{CACHE_GIB}GiB')",
+    "vllm": f"Vllm(max_batch={load.MIXED_CLIENTS}, kv_memory='{CACHE_GIB}GiB', compiled=True)",  # as its server is by itself
 }
 SERVERS = {
     **{name: Server(ours(engine), {"ignore_eos": True}) for name, engine in ENGINES.items()},
