@@ -104,7 +104,7 @@ def test_a_model_that_has_yet_to_be_exported_needs_what_exports_it(project: Path
     (project / "model").mkdir()
     own = ServedModel(id="own", source=ModelSource(str(project / "model")), engine=OpenVino())
     with pytest.raises(
-        UserError, match=r"^models\.0\.source\.path = '.*/model' has to be exported .* engine-env openvino-"
+        UserError, match=r"^models\.0\.source\.path = '.*/model' has to be exported .*: scripts/engine-env openvino-"
     ):
         check_environments(ServeConfig(models=(own,)))
     (project / "model/openvino_model.xml").touch()  # as manta quantize writes it
