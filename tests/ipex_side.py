@@ -14,7 +14,7 @@ from typing import Any
 
 from plugins import engines
 from plugins.spec import UserError
-from plugins.types import Constraint, Delta, GenerateRequest, ModelSource, TokenLogprob
+from plugins.types import Delta, GenerateRequest, ModelSource, TokenLogprob
 
 Job = Mapping[
     str, Any
@@ -50,7 +50,7 @@ async def _refusal(engine: engines.Engine, name: str, run: str) -> str | None:
 
 async def _answer(engine: engines.Engine, asked: Mapping[str, Any]) -> Any:
     try:
-        deltas = [delta async for delta in engine.generate(_request(asked))]
+        deltas = [delta async for delta in engine.generate(GenerateRequest(**DEFAULTS | asked))]
     except UserError as error:
         return str(error)
     whole = Delta.joined(deltas)
@@ -60,17 +60,7 @@ async def _answer(engine: engines.Engine, asked: Mapping[str, Any]) -> Any:
         "end": [whole.finish_reason, whole.stop_reason],
         "logprobs": _numbers(whole.logprobs),
         "prompt_logprobs": _numbers(whole.prompt_logprobs),
-        "pieces": [delta.text for delta in deltas],
     }
-
-
-def _request(asked: Mapping[str, Any]) -> GenerateRequest:
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
-    if "constraint" in asked:
-        fields["constraint"] = Constraint(*asked["constraint"])
-    if "logit_bias" in asked:  # JSON has no numbers for names
-        fields["logit_bias"] = {int(token): bias for token, bias in asked["logit_bias"].items()}
-    return GenerateRequest(**DEFAULTS | fields)
 
 
 def _numbers(tokens: Sequence[TokenLogprob]) -> list[Any]:
