@@ -37,14 +37,18 @@ class Measured:
     tokens_per_s: float
 
 
+def python_of(spec: EngineSpec) -> str:
+    """What runs its engine. Raises UserError where that is an environment that is not as it should be."""
+    if not isinstance(spec, OwnEnvironment):
+        return sys.executable
+    environment = Environment.find(spec.environment)
+    environment.check(f"engine = {type(spec).__name__}")
+    return environment.python
+
+
 def measure(spec: EngineSpec, source: ModelSource, texts: Sequence[Text]) -> Measured:
     """What `source` is worth as served by `spec` on all CPUs. Blocks. Raises UserError for what cannot be served so."""
-    python = sys.executable
-    if isinstance(spec, OwnEnvironment):
-        environment = Environment.find(spec.environment)
-        environment.check(f"engine = {type(spec).__name__}")
-        python = environment.python
-    command = [python, "-m", "plugins.measure"]
+    command = [python_of(spec), "-m", "plugins.measure"]
     job = pickle.dumps((spec, source, texts))
     variables = os.environ | SHORT_WAITS
     done = subprocess.run(command, input=job, stdout=subprocess.PIPE, cwd=PROJECT, env=variables, check=False)

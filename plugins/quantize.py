@@ -9,7 +9,7 @@ from typing import Any
 from plugins.cluster import PROJECT
 from plugins.data import Chat, Completion, DataProcessor, Instruct, Jsonl
 from plugins.engines import SPECS, Quantizer
-from plugins.measure import Measured, Text, measure
+from plugins.measure import Measured, Text, measure, python_of
 from plugins.model_files import OPENVINO, WEIGHTS, check_model_files, quantization
 from plugins.new_directory import check_free, whole
 from plugins.pretrained import directory_of, load
@@ -70,6 +70,7 @@ def quantize(
     with the project. Raises UserError for what is wrong with any of them.
     """
     check_free(directory, "to")
+    python_of(spec)  # or what has been written could not be measured
     check_model_files(source, "model", (*WEIGHTS, OPENVINO))
     model = directory_of(source)
     if by := quantization(model):

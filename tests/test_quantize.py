@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,14 @@ import pytest
 import small_models
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_ipex import alone, of_ipex
 
 from plugins import environments
 from plugins import measure as measuring
 from plugins import quantize as quantizing
-from plugins.engines import Engine, OpenVino, Torch, openvino_files
+from plugins.engines import Engine, Ipex, OpenVino, Torch, openvino_files, quantized_files
+from plugins.environments import Environment
 from plugins.measure import Measured, measure
 from plugins.spec import UserError
 from plugins.types import Delta, GenerateRequest, ModelSource, RunManifest
@@ -31,6 +34,13 @@ from ui.cli import main
 ROOT = Path(__file__).parents[1]
 PROMPTS = ("the quick brown fox", "a", "hello world one two three", "東京 and 🙂")
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.1}
+
+READ_BY_TRANSFORMERS = """
+import json, sys, torch, transformers
+net = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+with torch.inference_mode():
+    print(json.dumps(net(torch.tensor(json.loads(sys.argv[2]))).logits[0].tolist()))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +187,126 @@ def test_a_finished_run_is_quantised_with_its_adapter_in_it(
     assert off[0] < 0.1 * off[1]
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_half_of_it_missing_is_said(base: Path, tmp_path: Path, weights: str) -> None:
+    Ipex().quantize(ModelSource(str(base)), weights, tmp_path)
+    file = tmp_path / "model.safetensors"
+    name = "model.layers.1.mlp.down_proj.weight"
+    held = name if weights == "int8" else f"{name}_packed"
+    save_file({key: tensor for key, tensor in load_file(file).items() if key != held}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"is not whole: it has no {name}"):
+        quantized_files.read(ModelSource(str(tmp_path)), torch.float32)
+
+
 def made(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+# IPEX
+
+
+def test_in_4_bits_eight_weights_are_in_an_integer_and_64_share_a_scale(tmp_path: Path) -> None:
+    """Also where the last of them are fewer. Whole again, each is the nearest of the sixteen that its scale allows."""
+    sizes = SIZES | {"intermediate_size": 200}
+    base = small_models.save_model(tmp_path / "base", small_models.llama_config(**sizes))
+    Ipex().quantize(ModelSource(str(base)), "int4", small := made(tmp_path / "small"))
+    stored, original = load_file(small / "model.safetensors"), load_file(base / "model.safetensors")
+    assert torch.equal(stored["lm_head.weight"], original["lm_head.weight"])
+    net = quantized_files.read(ModelSource(str(small)), torch.float32)
+    for name, inputs in (("model.layers.1.mlp.down_proj", 200), ("model.layers.0.self_attn.k_proj", 128)):
+        assert f"{name}.weight" not in stored
+        packed, scales = stored[f"{name}.weight_packed"], stored[f"{name}.weight_scale"]
+        weight = original[f"{name}.weight"]
+        assert (packed.dtype, packed.shape) == (torch.int32, (len(weight), inputs // 8))
+        assert scales.shape == (len(weight), math.ceil(inputs / 64))
+        assert stored[f"{name}.weight_shape"].tolist() == list(weight.shape)
+        each = scales.repeat_interleave(64, 1)[:, :inputs]
+        integers = torch.stack([(packed >> 4 * at) & 15 for at in range(8)], -1).flatten(1) - 8
+        assert torch.equal(net.get_submodule(name).weight, integers * each)
+        nearest = torch.arange(-8, 8)
+        off = (weight[..., None] - nearest * each[..., None]).abs()
+        assert ((weight - integers * each).abs() <= off.amin(-1) + 1e-6).all()
+        step = torch.cat([part.abs().amax(1, keepdim=True).expand_as(part) for part in weight.split(64, 1)], 1) / 7
+        plain = (weight / step).round() * step
+        assert (weight - integers * each).norm() < 0.95 * (weight - plain).norm()  # of steps that reach the largest
+
+
+def test_both_engines_read_the_same_8_bits_and_only_ipex_4(base: Path, tmp_path: Path) -> None:
+    Ipex().quantize(ModelSource(str(base)), "int8", eight := made(tmp_path / "eight"))
+    Torch().quantize(ModelSource(str(base)), "int8", other := made(tmp_path / "other"))
+    assert (eight / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    Ipex().quantize(ModelSource(str(base)), "int4", four := made(tmp_path / "four"))
+    with pytest.raises(
+        UserError, match=r"four': of compressed-tensors' formats the torch engine serves only integers of 8 "
+    ):
+        answers(Torch(), four)
+
+
+@pytest.mark.engine
+@pytest.mark.environment("ipex")
+@pytest.mark.parametrize(("weights", "other", "smaller"), [("int8", "int4", 0.7), ("int4", "int8", 0.55)])
+def test_ipex_serves_what_it_has_quantised_as_if_made_on_loading(
+    base: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], weights: str, other: str, smaller: float
+) -> None:
+    small, model = tmp_path / "small", shutil.copytree(base, tmp_path / "model")
+    # As most models are, so that in bf16 too both begin with the same weights.
+    transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(model)
+    options = ["--engine", "ipex", "--weights", weights, "--to", str(small), "--text", str(text)]
+    assert run("quantize", str(model), *options) == 0
+    printed = capsys.readouterr().out
+    assert "engine is Ipex()" in printed
+    original, quantised = (table(printed)[name] for name in ("original", "quantised"))
+    assert quantised[0] < smaller * original[0]
+    assert quantised[1] == pytest.approx(original[1], rel=0.05 if weights == "int8" else 0.5)
+
+    # One at a time: who shares a batch decides the last digits.
+    asked = [*([{"prompt": prompt, "logprobs": 2}] for prompt in PROMPTS), [{"prompt": "a", "adapter": "run"}]]
+    job = {"runs": {"run": str(small_models.save_lora_run(tmp_path / "run", base))}, "asked": asked}
+    *served, whole, refused = of_ipex(
+        *(
+            job | {"model": str(folder), "dtype": dtype, "options": {"weights": bits}}
+            for dtype in ("fp32", "bf16")
+            for folder, bits in ((small, "same"), (small, weights), (model, weights))
+        ),
+        job | {"model": str(model)},
+        job | {"model": str(small), "options": {"weights": other}},
+    )
+    said = [[alone(answer) for group in one["said"] for answer in group] for one in (*served, whole)]
+    assert said[0] == said[1] == said[2] != said[6]
+    assert said[3] == said[4] == said[5] != said[0]
+    assert all(isinstance(answer, dict) for answer in said[0])  # with the adapter too
+    assert re.search(rf"Ipex\.weights = '{other}': '.*small' is in {weights} already; leave it at 'same'", refused)
+
+
+@pytest.mark.engine
+@pytest.mark.environment("vllm")
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_transformers_reads_it_with_the_formats_library(base: Path, tmp_path: Path, weights: str) -> None:
+    """As it is in vLLM's environment: what it finds in the files, and how it computes with that, is what is meant."""
+    Ipex().quantize(ModelSource(str(base)), weights, tmp_path)
+    ids = torch.arange(3, 60)[None]
+    with torch.inference_mode():
+        wanted = quantized_files.read(ModelSource(str(tmp_path)), torch.float32)(ids).logits[0]
+    command = [Environment.find("vllm").python, "-c", READ_BY_TRANSFORMERS, str(tmp_path), json.dumps(ids.tolist())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    off = ((found - wanted).norm() / wanted.norm()).item()
+    assert off < (0.05 if weights == "int8" else 1e-4)  # in int8 the activations are integers too
+
+
+def test_without_ipexs_environment_nothing_is_written(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_environments(tmp_path, monkeypatch)
+    monkeypatch.setattr(quantized_files, "write", None)
+    to = tmp_path / "to"
+    arguments = ["--engine", "ipex", "--weights", "int4", "--to", str(to), "--text", str(text)]
+    assert run("quantize", str(base), *arguments) == 2
+    errors = capsys.readouterr().err
+    assert re.search("^manta: engine = Ipex needs an environment of its own, and .*engine-env ipex makes", errors)
+    assert [path.name for path in tmp_path.iterdir()] == ["pyproject.toml"]
 
 
 # OpenVINO
@@ -263,10 +390,11 @@ def run(*arguments: str) -> int:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ({"--engine": "tensorrt"}, r"engine = 'tensorrt': choices: .*openvino, torch"),
+        ({"--engine": "tensorrt"}, r"engine = 'tensorrt': choices: ipex, openvino, torch"),
         ({"--engine": "torhc"}, r"engine = 'torhc': did you mean 'torch'\? "),
         ({"--weights": "int4"}, r"weights = 'int4': Torch has .*int8"),
         ({"--weights": "int2", "--engine": "openvino"}, r"weights = 'int2': OpenVino has .*int4, int8"),
+        ({"--weights": "int2", "--engine": "ipex"}, r"weights = 'int2': Ipex has .*int4, int8"),
         ({"MODEL": "/nothing/there"}, r"model = '/nothing/there': no such directory"),
         ({"--to": "{base}"}, r"to = '.*llama': there are files already; name a directory that is new or empty"),
         ({"--text": "{base}/absent.txt"}, r"text = '.*absent.txt' cannot be read: "),
@@ -308,9 +436,7 @@ def test_a_model_is_quantised_once(
 def test_without_the_exports_environment_one_line_says_what_makes_it(
     base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
-    monkeypatch.setattr(environments, "PROJECT", tmp_path)
-    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    without_environments(tmp_path, monkeypatch)
     to = tmp_path / "to"
     arguments = ["--engine", "openvino", "--weights", "int8", "--to", str(to), "--text", str(text)]
     assert run("quantize", str(base), *arguments) == 2
@@ -318,10 +444,16 @@ def test_without_the_exports_environment_one_line_says_what_makes_it(
     assert [path.name for path in tmp_path.iterdir()] == ["pyproject.toml"]
 
 
-def test_what_torch_has_not_in_8_bits_is_refused(tmp_path: Path) -> None:
+def without_environments(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copyfile(ROOT / "pyproject.toml", folder / "pyproject.toml")
+    monkeypatch.setattr(environments, "PROJECT", folder)
+    monkeypatch.setattr(sys, "prefix", str(folder / ".venv"))
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
     config = transformers.GPT2Config(vocab_size=384, n_embd=64, n_layer=2, n_head=4, n_positions=256)
     gpt2 = small_models.save_model(tmp_path / "gpt2", config)
-    with pytest.raises(UserError, match="has no linear layers that torch would compute with in 8 bits"):
+    with pytest.raises(UserError, match="has no linear layers that could be stored as integers"):
         Torch().quantize(ModelSource(str(gpt2)), "int8", made(tmp_path / "to"))
 
 
@@ -330,7 +462,7 @@ def test_other_compressed_weights_are_refused(base: Path, tmp_path: Path) -> Non
     settings = json.loads((tmp_path / "config.json").read_text())
     settings["quantization_config"]["config_groups"]["group_0"]["weights"]["strategy"] = "group"
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="serves integers of 8 bits only, with a scale for each output"):
+    with pytest.raises(UserError, match="serves only integers of 8 bits with a scale for each output"):
         answers(Torch(), tmp_path)
 
 

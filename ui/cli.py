@@ -86,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("quantize", help="write a model with smaller weights, and compare it with the original")
     verb.add_argument("model", metavar="MODEL", help="a model's directory or hub id, or a finished run")
-    verb.add_argument("--engine", required=True, help="which serves it: openvino or torch")
-    verb.add_argument("--weights", required=True, help="int8 or, for openvino, int4")
+    verb.add_argument("--engine", required=True, help="which serves it: ipex, openvino or torch")
+    verb.add_argument("--weights", required=True, help="int8 or, for ipex and openvino, int4")
     verb.add_argument("--to", type=Path, metavar="DIR", help="a new directory (default: ./NAME-ENGINE-WEIGHTS)")
     verb.add_argument(
         "--text",

@@ -10,7 +10,7 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 from plugins.model_files import OPENVINO, WEIGHTS
 from plugins.spec import NOT_EMPTY, UserError, above, at_least, spec
@@ -19,6 +19,8 @@ from plugins.types import Delta, GenerateRequest, ModelSource
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from plugins.engines.integers import Bits
 
 
 class Engine(Protocol):
@@ -105,9 +107,9 @@ class Torch:
         return TorchEngine(source, self, cpus=cpus, gpus=gpus)
 
     def quantize(self, source: ModelSource, weights: str, directory: Path) -> None:
-        from plugins.engines.int8_files import write
+        from plugins.engines.quantized_files import write
 
-        write(source, directory)
+        write(source, "int8", directory)
 
 
 @spec
@@ -222,11 +224,12 @@ class Ipex:
 
     Its authors have archived it, in March 2026, and say that it has security issues that stay: choose it where it was
     chosen before. For the same processors OpenVino is kept up and faster; Torch needs no environment of its own.
-    `weights`: "int8" and "int4" take less memory, and without AMX five to ten times as long. `max_batch`, `max_length`,
-    `kv_memory`, `max_adapters`: as of Torch.
+    `weights`: "int8" and "int4" take less memory, and without AMX their products take five to ten times as long as those
+    of bf16. `max_batch`, `max_length`, `kv_memory`, `max_adapters`: as of Torch.
     """
 
     environment: ClassVar[str] = "ipex"
+    quantized: ClassVar[tuple[str, ...]] = ("int8", "int4")
 
     weights: Literal["same", "int8", "int4"] = "same"
     max_batch: Annotated[int, at_least(1)] = 64
@@ -241,6 +244,11 @@ class Ipex:
         from plugins.engines.ipex import IpexEngine
 
         return IpexEngine(source, self, cpus=cpus, gpus=gpus)
+
+    def quantize(self, source: ModelSource, weights: str, directory: Path) -> None:
+        from plugins.engines.quantized_files import write
+
+        write(source, cast("Bits", weights), directory)
 
 
 def memory_size(written: str, *, free: int, field: str) -> int:

@@ -17,17 +17,17 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer
 
 from plugins import hardware
-from plugins.engines import Ipex, Torch, runner
+from plugins.engines import Ipex, Torch, quantized_files, runner
 from plugins.engines.batching import Computer
 from plugins.engines.cache import BLOCK, SMALLEST, Cache
-from plugins.engines.layers import Make
+from plugins.engines.integers import GROUP, Bits, in_integers, pack, scales_of
 from plugins.engines.limits import longest
 from plugins.engines.pages import Pages
 from plugins.engines.scheduler import Piece, Scheduler
@@ -41,8 +41,8 @@ from plugins.types import ModelSource
 log = logging.getLogger(__name__)
 
 NEEDED = {"torch": "2.8", "intel-extension-for-pytorch": "2.8"}  # on another torch it ends the process
+KINDS = {"int8": 1, "int4": 2}  # IPEX's numbers for them
 PROBED = 1024 // BLOCK  # pages for the probes of a new runner
-GROUP = 64  # inputs that share a scale in 4-bit weights
 
 
 class IpexEngine(TorchEngine):
@@ -63,11 +63,16 @@ class IpexEngine(TorchEngine):
 
     def _load(self, options: Torch, gpus: float) -> tuple[Computer, Scheduler[Sequence]]:
         check_model_files(self._source, "source.path")
-        tokenizer, model = load(AutoTokenizer, self._source), load_model(self._source, gpus)
+        stored = quantized_files.stored(self._source, "ipex", ("int8", "int4"))
+        if stored and self._weights not in ("same", stored):
+            raise UserError(
+                f"Ipex.weights = {self._weights!r}: {self._source.path!r} is in {stored} already; leave it at 'same'"
+            )
+        tokenizer, model = load(AutoTokenizer, self._source), load_model(self._source, gpus, stored is not None)
         self._know(tokenizer, model.generation_config, model.get_input_embeddings().num_embeddings)
         config = model.config.get_text_config()
         wanted = longest(config, options.max_length, "Ipex.max_length")
-        runner = Runner(model, self._weights)
+        runner = Runner(model, stored or self._weights)
         runner.check_length(config, wanted)
         free, most = hardware.free_memory(runner.device), 2 * options.max_batch * wanted
         budget = kv_tokens(options.kv_memory, runner.tables.token_bytes, free=free, most=most, field="Ipex.kv_memory")
@@ -123,11 +128,11 @@ class Runner(runner.Runner):
 
     spec = "Ipex"
 
-    def __init__(self, model: Any, weights: str) -> None:
+    def __init__(self, model: Any, weights: Literal["same"] | Bits) -> None:
         self._kernels = kernels()
         if weights == "int4":
             self.tolerated = 0.5
-        super().__init__(model, weights="same" if weights == "same" else in_few_bits(weights))
+        super().__init__(model, weights=weights if weights == "same" else partial(FewBits, bits=weights))
 
     def make_pages(self, count: int) -> Tables:
         """Room for keys and values, from which its attention reads from now on."""
@@ -242,21 +247,31 @@ class Norm:
 class FewBits:
     """A Product of weights in few bits, which IPEX makes whole again as it multiplies."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, bits: str) -> None:
-        from intel_extension_for_pytorch.nn.modules import WeightOnlyQuantizedLinear
-        from intel_extension_for_pytorch.quantization import WoqWeightDtype, get_weight_only_quant_qconfig_mapping
-
-        outputs, self._inputs = weight.shape
-        linear = torch.nn.Linear(self._inputs, outputs, bias is not None, device="meta", dtype=weight.dtype)
-        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            linear.bias = torch.nn.Parameter(bias, requires_grad=False)
-        kind, group = {"int8": (WoqWeightDtype.INT8, -1), "int4": (WoqWeightDtype.INT4, GROUP)}[bits]
-        linear.qconfig = get_weight_only_quant_qconfig_mapping(weight_dtype=kind, group_size=group).global_qconfig
-        self._linear, self._bias, self._dtype = WeightOnlyQuantizedLinear.from_float(linear), bias, weight.dtype
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None, *, bits: Bits
+    ) -> None:
+        scales = scales_of(weight, bits) if scales is None else scales
+        integers = in_integers(weight, scales, bits)
+        if bits == "int4":
+            integers = pack(integers)[:, : -(-weight.shape[1] // 2)]
+        self._packed = torch.ops.ipex_prepack.weight_only_qlinear_prepack(
+            W=integers.contiguous(),
+            W_dtype=KINDS[bits],
+            W_shape=weight.shape,
+            scales=scales if bits == "int4" else scales.flatten(),
+            zero_points=None,  # with them it takes two to three times as long
+            B=bias,
+            g_idx=None,
+            batch_size=None,
+            group_size=GROUP if bits == "int4" else -1,  # -1: a row has one scale
+            lowp_mode=0,  # it multiplies in what it is given
+            act_quant_mode=-1,
+        )
+        self._inputs = weight.shape[1]
+        self._bias, self._dtype = bias, weight.dtype
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self._linear(x)
+        result: torch.Tensor = torch.ops.torch_ipex.ipex_woq_linear(x, self._packed.get_data_handle())
         return result
 
     def added(self, x: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
@@ -266,7 +281,3 @@ class FewBits:
         """What it makes of each input by itself."""
         made = self(torch.eye(self._inputs, dtype=self._dtype))
         return (made if self._bias is None else made - self._bias).t()
-
-
-def in_few_bits(bits: str) -> Make:
-    return partial(FewBits, bits=bits)

@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from plugins.engines.integers import in_integers, scales_of, whole
+
 PACKED_FOR = 32  # rows that the order of packed weights is best for
 
 
@@ -28,7 +30,7 @@ class Product(Protocol):
         ...
 
 
-Make = Callable[[torch.Tensor, torch.Tensor | None], Product]  # of weight and bias
+Make = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], Product]  # as `product`, of all but `weights`
 Weights = Literal["same", "int8"] | Make
 
 
@@ -73,19 +75,20 @@ class Int8:
     time (LLM.int8(), arXiv 2208.07339, without its outliers). oneDNN's, on CPUs.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor) -> None:
-        whole = in_int8(weight, scales).contiguous()
-        self._packed = torch.ops.onednn.qlinear_prepack(whole, [PACKED_FOR, weight.shape[1]])
-        self._scales, self._bias, self._dtype = scales, bias, weight.dtype
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None) -> None:
+        scales = scales_of(weight, "int8") if scales is None else scales
+        integers = in_integers(weight, scales, "int8").contiguous()
+        self._packed = torch.ops.onednn.qlinear_prepack(integers, [PACKED_FOR, weight.shape[1]])
+        self._scales, self._bias, self._dtype = scales.flatten(), bias, weight.dtype
         self._zeros = torch.zeros(len(scales), dtype=torch.int64)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         largest = torch.linalg.vector_norm(flat, torch.inf, -1, keepdim=True, dtype=torch.float32)
         step = largest.div_(127).add_(1e-12)  # a row of zeros stays one
-        whole = (flat / step).add_(128.5).to(torch.uint8)  # unsigned, with its zero at 128
+        integers = (flat / step).add_(128.5).to(torch.uint8)  # unsigned, with its zero at 128
         result: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            whole, 1.0, 128, self._packed, self._scales, self._zeros, None, 1.0, 0, self._dtype, "none", [], ""
+            integers, 1.0, 128, self._packed, self._scales, self._zeros, None, 1.0, 0, self._dtype, "none", [], ""
         )
         result.mul_(step)
         return (result if self._bias is None else result.add_(self._bias)).view(*x.shape[:-1], -1)
@@ -94,28 +97,17 @@ class Int8:
         return to + self(x)
 
     def weight(self) -> torch.Tensor:
-        whole: torch.Tensor = self._packed.to_dense().t()
-        return (whole.float() * self._scales[:, None]).to(self._dtype)
-
-
-def row_scales(weight: torch.Tensor) -> torch.Tensor:
-    """[out]: what one step of 8-bit integers is worth in each row of `weight` [out, in]."""
-    return weight.float().abs().amax(1).clamp(min=1e-9) / 127
-
-
-def in_int8(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """[out, in] of `weight` in 8-bit integers; what was made of such integers with `scales` becomes them again."""
-    return (weight.float() / scales[:, None]).round_().to(torch.int8)
+        return whole(self._packed.to_dense().t(), self._scales[:, None]).to(self._dtype)
 
 
 def product(
     weight: torch.Tensor, bias: torch.Tensor | None, weights: Weights, scales: torch.Tensor | None = None
 ) -> Product:
-    """`scales`: those with which `weight` was once made of 8-bit integers, where it was."""
+    """`scales`: those with which `weight` was once made of integers, where it was."""
     if callable(weights):
-        return weights(weight, bias)
+        return weights(weight, bias, scales)
     if weights == "int8":
-        return Int8(weight, bias, row_scales(weight) if scales is None else scales)
+        return Int8(weight, bias, scales)
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     return Packed(weight, bias) if on_cpu and torch.backends.mkldnn.is_available() else Plain(weight, bias)
 
@@ -163,10 +155,10 @@ class Linear(torch.nn.Module):
         self.outputs = [matrix.shape[0] for matrix in matrices]
         self.changes: dict[str, list[Change | None]] = {}  # adapter -> of each layer
         self.bias = _side_by_side([layer.bias for layer in layers], self.outputs)
-        scales = [layer.weight_scale for layer in layers if hasattr(layer, "weight_scale")]  # see int8_files
+        scales = [layer.weight_scale for layer in layers if hasattr(layer, "weight_scale")]  # see quantized_files
         known = torch.cat(scales) if len(scales) == len(layers) else None
-        whole = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
-        self._product = product(whole, self.bias, weights, known)
+        weight = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+        self._product = product(weight, self.bias, weights, known)
         self._turns, self._is_head = turns, is_head
         self.hidden: Callable[..., torch.Tensor] | None = None  # x, to -> as `added`: what a compiler sees
 

@@ -18,7 +18,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plugins import hardware
-from plugins.engines import Torch, int8_files, memory_size
+from plugins.engines import Torch, memory_size, quantized_files
 from plugins.engines.adapters import NONE
 from plugins.engines.batching import Batcher, Computer
 from plugins.engines.cache import SMALLEST, Cache
@@ -69,17 +69,16 @@ class TorchEngine:
 
     def _load(self, options: Torch, gpus: float) -> tuple[Computer, Scheduler[Sequence]]:
         check_model_files(self._source, "source.path")
-        is_int8 = int8_files.is_int8(self._source)
-        if is_int8 and gpus:
+        stored = quantized_files.stored(self._source, "torch", ("int8",))
+        if stored and gpus:
             raise UserError(f"{self._source.path!r} has weights in int8: the torch engine serves those on CPUs only")
         if options.weights == "int8" and gpus:
             raise UserError("Torch.weights = 'int8': on CPUs only; on a GPU leave it at 'same'")
-        tokenizer, model = load(AutoTokenizer, self._source), load_model(self._source, gpus, is_int8)
+        tokenizer, model = load(AutoTokenizer, self._source), load_model(self._source, gpus, stored is not None)
         self._know(tokenizer, model.generation_config, model.get_input_embeddings().num_embeddings)
         config = model.config.get_text_config()
         wanted = longest(config, options.max_length, "Torch.max_length")
-        weights = "int8" if is_int8 else options.weights
-        runner = Runner(model, weights=weights, compiled=options.compile)
+        runner = Runner(model, weights="int8" if stored else options.weights, compiled=options.compile)
         runner.check_length(config, wanted)
         free, most = hardware.free_memory(runner.device), 2 * options.max_batch * wanted
         budget = kv_tokens(options.kv_memory, runner.tables.token_bytes, free=free, most=most, field="Torch.kv_memory")
@@ -195,12 +194,12 @@ class TorchEngine:
         return directory, self._base.voice.of_run(run, self._source, self._tokens)
 
 
-def load_model(source: ModelSource, gpus: float, is_int8: bool = False) -> Any:
-    """The model of `source` on this process's device, in its compute dtype."""
+def load_model(source: ModelSource, gpus: float, is_quantized: bool = False) -> Any:
+    """The model of `source` on this process's device, in its compute dtype. `is_quantized`: its weights are integers."""
     device = hardware.device(gpus)
     dtype = hardware.compute_dtype(source.dtype, device)
-    if is_int8:
-        model = int8_files.read(source, dtype)
+    if is_quantized:
+        model = quantized_files.read(source, dtype)
     else:
         name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
         model = load(AutoModelForCausalLM, source, **{name: dtype})
