@@ -57,7 +57,7 @@ def quantizer(engine: str, weights: str) -> Quantizer:
         raise UserError(f"engine = {engine!r}: {choices(engine, known)}")
     found: Quantizer = known[engine]()
     if weights not in found.quantized:
-        raise UserError(f"weights = {weights!r}: {type(found).__name__} has {choices(weights, found.quantized)}")
+        raise UserError(f"weights = {weights!r} for {engine}: {choices(weights, found.quantized)}")
     return found
 
 

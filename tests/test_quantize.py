@@ -17,7 +17,7 @@ import small_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from test_ipex import alone, of_ipex
+from test_ipex import of_ipex
 
 from plugins import environments
 from plugins import measure as measuring
@@ -272,7 +272,7 @@ def test_ipex_serves_what_it_has_quantised_as_if_made_on_loading(
         job | {"model": str(model)},
         job | {"model": str(small), "options": {"weights": other}},
     )
-    said = [[alone(answer) for group in one["said"] for answer in group] for one in (*served, whole)]
+    said = [[answer for group in one["said"] for answer in group] for one in (*served, whole)]
     assert said[0] == said[1] == said[2] != said[6]
     assert said[3] == said[4] == said[5] != said[0]
     assert all(isinstance(answer, dict) for answer in said[0])  # with the adapter too
@@ -392,9 +392,9 @@ def run(*arguments: str) -> int:
     [
         ({"--engine": "tensorrt"}, r"engine = 'tensorrt': choices: ipex, openvino, torch"),
         ({"--engine": "torhc"}, r"engine = 'torhc': did you mean 'torch'\? "),
-        ({"--weights": "int4"}, r"weights = 'int4': Torch has .*int8"),
-        ({"--weights": "int2", "--engine": "openvino"}, r"weights = 'int2': OpenVino has .*int4, int8"),
-        ({"--weights": "int2", "--engine": "ipex"}, r"weights = 'int2': Ipex has .*int4, int8"),
+        ({"--weights": "int4"}, r"weights = 'int4' for torch: .*int8"),
+        ({"--weights": "int2", "--engine": "openvino"}, r"weights = 'int2' for openvino: .*int4, int8"),
+        ({"--weights": "int2", "--engine": "ipex"}, r"weights = 'int2' for ipex: .*int4, int8"),
         ({"MODEL": "/nothing/there"}, r"model = '/nothing/there': no such directory"),
         ({"--to": "{base}"}, r"to = '.*llama': there are files already; name a directory that is new or empty"),
         ({"--text": "{base}/absent.txt"}, r"text = '.*absent.txt' cannot be read: "),

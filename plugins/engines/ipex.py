@@ -23,16 +23,15 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from plugins import hardware
 from plugins.engines import Ipex, Torch, quantized_files, runner
 from plugins.engines.batching import Computer
-from plugins.engines.cache import BLOCK, SMALLEST, Cache
+from plugins.engines.cache import BLOCK
 from plugins.engines.integers import GROUP, Bits, in_integers, pack, scales_of
 from plugins.engines.limits import longest
 from plugins.engines.pages import Pages
 from plugins.engines.scheduler import Piece, Scheduler
 from plugins.engines.sequence import Sequence
-from plugins.engines.torch import TorchEngine, kv_tokens, load_model
+from plugins.engines.torch import TorchEngine, load_model
 from plugins.model_files import check_model_files
 from plugins.pretrained import load
 from plugins.spec import UserError
@@ -74,16 +73,10 @@ class IpexEngine(TorchEngine):
         wanted = longest(config, options.max_length, "Ipex.max_length")
         runner = Runner(model, stored or self._weights)
         runner.check_length(config, wanted)
-        free, most = hardware.free_memory(runner.device), 2 * options.max_batch * wanted
-        budget = kv_tokens(options.kv_memory, runner.tables.token_bytes, free=free, most=most, field="Ipex.kv_memory")
-        cache = Cache(
-            runner.make_pages(budget // BLOCK),
-            budget=budget // BLOCK * BLOCK,
-            longest=-(-wanted // SMALLEST) * SMALLEST,
+        token_bytes = runner.tables.token_bytes
+        cache = self._cache(
+            options, wanted, lambda tokens: runner.make_pages(tokens // BLOCK), token_bytes, "Ipex.kv_memory"
         )
-        self._max_length = min(wanted, cache.longest)
-        if self._max_length < wanted:
-            log.info("prompts and answers may have %d tokens together: more do not fit into kv_memory", cache.longest)
         return runner, Scheduler(cache, options.max_batch)
 
 

@@ -23,13 +23,13 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from plugins import hardware
 from plugins.engines import OpenVino, Torch, pages
 from plugins.engines.adapters import NONE
-from plugins.engines.cache import BLOCK, SMALLEST, Cache
+from plugins.engines.cache import BLOCK
 from plugins.engines.limits import longest
 from plugins.engines.openvino_files import exported
 from plugins.engines.scheduler import Piece, Scheduler, is_scored
 from plugins.engines.sequence import Sequence
 from plugins.engines.text import Voice
-from plugins.engines.torch import TorchEngine, kv_tokens
+from plugins.engines.torch import TorchEngine
 from plugins.model_files import OPENVINO, check_model_files
 from plugins.pretrained import first_line, load
 from plugins.spec import UserError
@@ -71,24 +71,24 @@ class OpenVinoEngine(TorchEngine):
             return opened
 
     def _load_exported(self, options: Torch, threads: int) -> tuple["Runner", Scheduler[Sequence]]:
-        device = hardware.device(0)
         tokenizer = load(AutoTokenizer, self._source)
-        dtype = hardware.compute_dtype(self._source.dtype, device)
+        self._device = hardware.device(0)
+        dtype = hardware.compute_dtype(self._source.dtype, self._device)
         self._compile = partial(Model, dtype=dtype, threads=threads)
         base = self._compile(self._base_folder)
         self._know(tokenizer, _generation_config(self._source, self._config), base.vocabulary)
-        free, most = hardware.free_memory(device), 2 * options.max_batch * self._longest
-        budget = kv_tokens(options.kv_memory, base.token_bytes, free=free, most=most, field="OpenVino.kv_memory")
-        self._pages = Pages(base.pages, budget // BLOCK)
-        cache = Cache(
-            self._pages,
-            budget=budget // BLOCK * BLOCK,
-            longest=-(-self._longest // SMALLEST) * SMALLEST,
+        cache = self._cache(
+            options,
+            self._longest,
+            lambda tokens: self._make_pages(base, tokens),
+            base.token_bytes,
+            "OpenVino.kv_memory",
         )
-        self._max_length = min(self._longest, cache.longest)
-        if self._max_length < self._longest:
-            log.info("prompts and answers may have %d tokens together: more do not fit into kv_memory", cache.longest)
         return Runner(base.reading(self._pages)), Scheduler(cache, options.max_batch)
+
+    def _make_pages(self, base: "Model", tokens: int) -> "Pages":
+        self._pages = Pages(base.pages, tokens // BLOCK)
+        return self._pages
 
     def _open_run(self, run: Path) -> tuple["Model", Voice]:
         """As the torch engine's, with base and adapter as one model; meanwhile others are served."""

@@ -7,7 +7,7 @@ next tokens (sampling.py).
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from plugins import hardware
 from plugins.engines import Torch, memory_size, quantized_files
 from plugins.engines.adapters import NONE
 from plugins.engines.batching import Batcher, Computer
-from plugins.engines.cache import SMALLEST, Cache
+from plugins.engines.cache import BLOCK, SMALLEST, Cache, Store
 from plugins.engines.limits import answer_length, check_numbers, longest, own_defaults
 from plugins.engines.runner import Runner
 from plugins.engines.sampling import Sampling
@@ -62,6 +62,7 @@ class TorchEngine:
     def _open(self, options: Torch, cpus: float, gpus: float) -> tuple[Computer, Scheduler[Sequence]]:
         """Load the model; what requests are checked against is known then."""
         hardware.use_cpus(cpus)
+        self._device = hardware.device(gpus)
         with ExitStack() if gpus else hardware.pin_threads(cpus) as claim:
             opened = self._load(options, gpus)
             self._cpus = claim.pop_all()
@@ -80,14 +81,21 @@ class TorchEngine:
         wanted = longest(config, options.max_length, "Torch.max_length")
         runner = Runner(model, weights="int8" if stored else options.weights, compiled=options.compile)
         runner.check_length(config, wanted)
-        free, most = hardware.free_memory(runner.device), 2 * options.max_batch * wanted
-        budget = kv_tokens(options.kv_memory, runner.tables.token_bytes, free=free, most=most, field="Torch.kv_memory")
-        cache = Cache(runner.tables, budget=budget, longest=wanted)
-        self._max_length = cache.longest
-        if self._max_length < wanted:
-            log.info("prompts and answers may have %d tokens together: more do not fit into kv_memory", cache.longest)
+        tables = runner.tables
+        cache = self._cache(options, wanted, lambda _: tables, tables.token_bytes, "Torch.kv_memory")
         balance = BALANCE if runner.device.type == "cpu" else 10 * BALANCE
         return runner, Scheduler(cache, options.max_batch, balance)
+
+    def _cache(self, options: Torch, wanted: int, store: Callable[[int], Store], token_bytes: int, field: str) -> Cache:
+        """For sequences of `wanted` tokens, or as many as there is memory for, in a `store` made for so many in all."""
+        free = hardware.free_memory(self._device)
+        tokens = kv_tokens(options.kv_memory, token_bytes, free=free, most=2 * options.max_batch * wanted, field=field)
+        budget = tokens // BLOCK * BLOCK
+        cache = Cache(store(budget), budget=budget, longest=-(-wanted // SMALLEST) * SMALLEST)
+        self._max_length = min(wanted, cache.longest)
+        if self._max_length < wanted:
+            log.info("prompts and answers may have %d tokens together: more do not fit into kv_memory", cache.longest)
+        return cache
 
     def _know(self, tokenizer: Any, generation_config: Any, vocabulary: int) -> None:
         """What requests are read with, and checked against. `vocabulary`: the tokens that the model knows."""
