@@ -21,13 +21,12 @@ from typing import Any
 
 import dill
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 import plugins
 from finetune.config import Data
-from plugins.data import DataProcessor, Source
+from plugins.data import DataProcessor, Source, processed
 from plugins.spec import UserError
 from plugins.template import Tokenizer
 from plugins.types import IGNORE, Example, Pair, Row
@@ -259,17 +258,7 @@ def process(rows: Iterable[Placed], data: Data, tokenizer: Tokenizer) -> tuple[E
 
 
 def _example(place: str, row: Row, processor: DataProcessor, tokenizer: Tokenizer) -> Example | Pair | None:
-    try:
-        example = processor(row, tokenizer)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from error
-    except TemplateError as error:
-        raise UserError(f"{place}: the chat template refuses it: {error}") from error
-    except KeyError as error:
-        field = error.args[0]
-        if field in row:  # not a missing field but a mistake inside the processor
-            raise
-        raise UserError(f"{place}: has no field {field!r} (fields: {', '.join(map(str, row))})") from error
+    example = processed(place, row, processor, tokenizer)
     for part in () if example is None else _rows(example):
         if len(part.input_ids) != len(part.labels):
             raise UserError(f"{place}: {len(part.input_ids)} tokens but {len(part.labels)} labels from {processor}")

@@ -5,7 +5,8 @@ import os
 import platform
 import socket
 import threading
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -89,17 +90,26 @@ def pin_threads(cpus: float) -> ExitStack:
     return claim
 
 
-def confine_threads(cpus: float) -> ExitStack:
-    """Let the calling thread, and those that it starts from now on, run only on CPUs that no other replica here has.
+@contextmanager
+def confined_threads(cpus: float) -> Iterator[ExitStack]:
+    """Let the calling thread, and those that a library starts in the block, run only on CPUs that no other replica here has.
 
-    For libraries whose threads come and go as they like. The rest is as in `pin_threads`.
+    For libraries whose threads come and go as they like. Yields what gives the CPUs back; the rest is as in `pin_threads`.
     """
-    if platform.system() != "Linux" or cpus != int(cpus):
-        return ExitStack()
-    places, claim = claim_cpus(int(cpus))
-    if places:
+    whole = platform.system() == "Linux" and cpus == int(cpus)
+    places, claim = claim_cpus(int(cpus)) if whole else ([], ExitStack())
+    with claim:
+        if not places:
+            yield claim
+            return
         os.sched_setaffinity(0, places)
-    return claim
+        # TBB lets its threads run where the process, that is its main thread, could run when TBB came to be.
+        process, everywhere = os.getpid(), os.sched_getaffinity(os.getpid())
+        os.sched_setaffinity(process, places)
+        try:
+            yield claim
+        finally:
+            os.sched_setaffinity(process, everywhere)
 
 
 def _is_called(task: Path, name: str) -> bool:

@@ -46,10 +46,14 @@ def is_openvino(directory: Path) -> bool:
 
 
 def quantization(directory: Path) -> str | None:
-    """What the weights of the model in `directory` have been quantised by; None where they have not."""
+    """What the weights of the model in `directory` have been quantised by; None where they have not. Raises UserError."""
     if is_openvino(directory):
         return "OpenVINO"
-    settings = json.loads((directory / "config.json").read_text()).get("quantization_config")
+    path = directory / "config.json"
+    try:
+        settings = json.loads(path.read_text()).get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     return None if settings is None else str(settings.get("quant_method"))
 
 

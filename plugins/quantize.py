@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.cluster import PROJECT
-from plugins.data import Chat, Completion, DataProcessor, Instruct, Jsonl
+from plugins.data import Chat, Completion, DataProcessor, Instruct, Jsonl, processed
 from plugins.engines import SPECS, Quantizer
 from plugins.measure import Measured, Text, measure, python_of
 from plugins.model_files import OPENVINO, WEIGHTS, check_model_files, quantization
@@ -73,6 +73,7 @@ def quantize(
     python_of(spec)  # or what has been written could not be measured
     check_model_files(source, "model", (*WEIGHTS, OPENVINO))
     model = directory_of(source)
+    check_model_files(replace(source, path=str(model)), "model", (*WEIGHTS, OPENVINO))  # what came from the hub too
     if by := quantization(model):
         raise UserError(f"model = {source.path!r}: its weights are quantised already, by {by}")
     source = replace(source, path=str(model), revision=None)
@@ -88,8 +89,9 @@ def quantize(
 
 
 def _size(model: Path) -> int:
-    files = {file for pattern in (*WEIGHTS, "openvino_model.bin") for file in model.glob(pattern)}
-    return sum(file.stat().st_size for file in files)
+    """Of the files that are read: where there are weights in two formats, of the first."""
+    found = (list(model.glob(pattern)) for pattern in ("openvino_model.bin", *WEIGHTS))
+    return sum(file.stat().st_size for file in next(filter(None, found)))
 
 
 def _texts(file: Path, source: ModelSource) -> list[Text]:
@@ -130,11 +132,6 @@ def _example(row: Mapping[str, Any], tokenizer: Tokenizer, place: str) -> Exampl
     kind = next((field for field in PROCESSORS if field in row), None)
     if kind is None:
         raise UserError(f"{place}: a row needs one of the fields {', '.join(PROCESSORS)}")
-    try:
-        example = PROCESSORS[kind](row, tokenizer)
-    except KeyError as error:
-        raise UserError(f"{place}: there is no field {error}") from error
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from error
+    example = processed(place, row, PROCESSORS[kind], tokenizer)
     assert example is None or isinstance(example, Example)
     return example

@@ -59,9 +59,12 @@ def find_runs(output: Path) -> list[Run]:
     return runs
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a run has begun in `folder`."""
-    return any((folder / marker).exists() for marker in (RunManifest.FILE, RESOLVED, METRICS, CHECKPOINTS))
+def is_run(folder: Path, *, or_model: bool = False) -> bool:
+    """Whether a run has begun in `folder`; with `or_model` that may be a model instead, which has a config.json too."""
+    markers = (
+        (RunManifest.FILE, METRICS, CHECKPOINTS) if or_model else (RunManifest.FILE, RESOLVED, METRICS, CHECKPOINTS)
+    )
+    return any((folder / marker).exists() for marker in markers)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

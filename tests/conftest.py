@@ -33,5 +33,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for problem, count in config.stash[NOT_RUN].items():
+    for problem, count in config.stash.get(NOT_RUN, Counter()).items():
         terminalreporter.write_line(f"NOT RUN: {count} tests: {problem}", yellow=True)

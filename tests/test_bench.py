@@ -173,6 +173,12 @@ def test_the_readme_gets_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.
     assert "clients" in (tmp_path / "serve.svg").read_text()
 
 
+def test_the_readme_is_not_asked_for_without_what_it_compares_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve", "--readme", "--only", "torch"])
+    with pytest.raises(SystemExit, match="compares with vllm-server, which --only leaves out"):
+        serve.main()
+
+
 def test_ending_a_server_leaves_no_process() -> None:
     """Also none that has left its group and lost its parent, as Ray's daemons do."""
     code = """if True:

@@ -422,6 +422,29 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "wrong.jsonl"]
 
 
+def test_a_model_that_is_not_whole_is_said_in_one_line(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(base, tmp_path / "model")
+    asked = ("quantize", str(model), "--engine", "torch", "--weights", "int8", "--to", str(tmp_path / "to"))
+    (tmp_path / "system.jsonl").write_text('{"messages": [{"role": "system", "content": "hello"}]}\n')
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no system messages') }}")
+    assert run(*asked, "--text", str(tmp_path / "system.jsonl")) == 2
+    assert "system.jsonl line 1: the chat template refuses it: no system messages" in capsys.readouterr().err
+    (model / "config.json").write_text("{")
+    assert run(*asked) == 2
+    assert "model/config.json cannot be read: " in capsys.readouterr().err
+    (model / "model.safetensors").unlink()
+    assert run(*asked) == 2
+    assert "no weights there" in capsys.readouterr().err
+
+
+def test_of_weights_in_two_formats_one_is_counted(base: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(base, tmp_path / "model")
+    shutil.copy(model / "model.safetensors", model / "pytorch_model.bin")
+    assert quantizing._size(model) == (model / "model.safetensors").stat().st_size
+
+
 def test_a_model_is_quantised_once(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -460,10 +483,13 @@ def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
 def test_other_compressed_weights_are_refused(base: Path, tmp_path: Path) -> None:
     Torch().quantize(ModelSource(str(base)), "int8", tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
-    settings["quantization_config"]["config_groups"]["group_0"]["weights"]["strategy"] = "group"
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="serves only integers of 8 bits with a scale for each output"):
-        answers(Torch(), tmp_path)
+    groups = settings["quantization_config"]["config_groups"]
+    groups["group_0"]["weights"]["strategy"] = "group"
+    for other in (groups, {}, None):
+        settings["quantization_config"]["config_groups"] = other
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(UserError, match="serves only integers of 8 bits with a scale for each output"):
+            answers(Torch(), tmp_path)
 
 
 def test_one_that_fails_when_it_is_served_is_not_kept(

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from plugins import cluster
-from plugins.model_files import has_weights
 from plugins.new_directory import check_free, whole
 from plugins.runs import Run, find_runs, finished, is_run
 from plugins.spec import UserError, choices
@@ -228,7 +227,7 @@ class Platform:
         source = ModelSource(model)
         places = (Path(model).expanduser(), cluster.output_root() / output / model)
         with tempfile.TemporaryDirectory() as scratch:
-            if any(is_run(path) and not has_weights(path) for path in places):  # a model has a config.json too
+            if any(is_run(path, or_model=True) for path in places):
                 source = ModelSource(str(self._whole_model(self.find_run(model, output), Path(scratch))))
             return directory, quantize(source, spec, weights, directory, text)
 

@@ -8,12 +8,15 @@ simply raise KeyError.
 
 from typing import Protocol, runtime_checkable
 
+from jinja2 import TemplateError
+
 from plugins.data.chat import Chat
 from plugins.data.completion import Completion
 from plugins.data.instruct import Instruct
 from plugins.data.mixture import Mixture
 from plugins.data.preference import Preference
 from plugins.data.sources import Csv, Hub, Json, Jsonl, Parquet, Source
+from plugins.spec import UserError
 from plugins.template import Tokenizer
 from plugins.types import Example, Pair, Row
 
@@ -25,7 +28,22 @@ class DataProcessor(Protocol):
         ...
 
 
+def processed(place: str, row: Row, processor: DataProcessor, tokenizer: Tokenizer) -> Example | Pair | None:
+    """What `processor` makes of a row. Raises UserError, naming `place`, for a row that is wrong."""
+    try:
+        return processor(row, tokenizer)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+    except TemplateError as error:
+        raise UserError(f"{place}: the chat template refuses it: {error}") from error
+    except KeyError as error:
+        field = error.args[0]
+        if field in row:  # not a missing field but a mistake inside the processor
+            raise
+        raise UserError(f"{place}: has no field {field!r} (fields: {', '.join(map(str, row))})") from error
+
+
 __all__ = [
     "Chat", "Completion", "Csv", "DataProcessor", "Hub", "Instruct", "Json", "Jsonl", "Mixture", "Parquet", "Preference",
-    "Source",
+    "Source", "processed",
 ]  # fmt: skip

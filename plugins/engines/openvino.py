@@ -65,7 +65,7 @@ class OpenVinoEngine(TorchEngine):
 
     def _open(self, options: Torch, cpus: float, gpus: float) -> tuple["Runner", Scheduler[Sequence]]:
         hardware.use_cpus(1)  # of torch, which only chooses tokens here: more threads would be in the way of OpenVINO's
-        with hardware.confine_threads(cpus) as claim:
+        with hardware.confined_threads(cpus) as claim:
             opened = self._load_exported(options, max(1, int(cpus)))
             self._cpus = claim.pop_all()
             return opened

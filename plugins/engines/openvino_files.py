@@ -46,9 +46,10 @@ def exported(source: ModelSource, weights: str, adapter: Path | None = None) -> 
     with _alone(folder.with_suffix(".lock")):
         if not folder.is_dir():  # another process may have written it meanwhile
             log.info("what is exported now is kept in %s", folder.parent)
-            partial = folder.with_suffix(".partial")  # of one that was killed, where there is one: we are alone here
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            for left in folder.parent.glob(f"{folder.name}.*.partial"):  # by one that was killed
+                shutil.rmtree(left)
+            # A name of its own: the script of one that was killed may still be writing.
+            partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".partial"))
             try:
                 _export(python, source, weights, adapter, partial)
             except BaseException:

@@ -70,9 +70,11 @@ def stored(source: ModelSource, engine: str, served: Sequence[Bits]) -> Bits | N
     settings = getattr(load(AutoConfig, source), "quantization_config", None) or {}
     if settings.get("quant_method") != "compressed-tensors":
         return None
-    groups = settings.get("config_groups", {}).values()
+    groups = (settings.get("config_groups") or {}).values()
     for bits in served:
-        if all(_holds(group.get(part), wanted) for group in groups for part, wanted in SCHEMES[bits].items()):
+        if groups and all(
+            _holds(group.get(part), wanted) for group in groups for part, wanted in SCHEMES[bits].items()
+        ):
             return bits
     known = ", and ".join(WORDS[bits] for bits in served)
     raise UserError(f"{source.path!r}: of compressed-tensors' formats the {engine} engine serves only {known}")
@@ -89,7 +91,10 @@ def read(source: ModelSource, dtype: torch.dtype) -> Any:
         model, told = load(AutoModelForCausalLM, source, config=config, dtype=dtype, output_loading_info=True)
     missing = set(told["missing_keys"])
     for name, integers, scales in _layers(directory_of(source)):
-        layer = model.get_submodule(name)
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError as error:
+            raise UserError(f"{source.path!r} has integers for {name}, which {type(model).__name__} has not") from error
         layer.weight_scale = scales
         layer.weight.data = whole(integers, scales).to(dtype)
         missing.discard(f"{name}.weight")

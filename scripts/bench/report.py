@@ -26,10 +26,11 @@ def write(medians: Mapping[str, Any]) -> None:
         for name, title in SHOWN.items()
         if name in medians
     }
-    before, _, rest = README.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    README.write_text(before + BEGIN + table(speeds) + END + after)
     plot(speeds)
+    before, begin, rest = README.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert end, f"{README} has no {BEGIN}{END}"
+    README.write_text(before + begin + table(speeds) + end + after)
 
 
 def table(speeds: Mapping[str, Mapping[str, float]]) -> str:
@@ -50,9 +51,9 @@ def plot(speeds: Mapping[str, Mapping[str, float]]) -> None:
     from matplotlib import pyplot
 
     loads = list(speeds[SHOWN[YARDSTICK]])
-    figure, axes = pyplot.subplots(1, len(loads), figsize=(9, 2.6), sharey=True)
+    figure, axes = pyplot.subplots(1, len(loads), figsize=(9, 2.6), sharey=True, squeeze=False)
     names = [title.strip("`").replace("`", "") for title in speeds]
-    for load, axis in zip(loads, axes, strict=True):
+    for load, axis in zip(loads, axes[0], strict=True):
         ours = [title.startswith("`") for title in speeds]
         bars = axis.barh(
             names, [own[load] for own in speeds.values()], color=["#2a6f97" if one else "#b0b7bd" for one in ours]
@@ -63,7 +64,7 @@ def plot(speeds: Mapping[str, Mapping[str, float]]) -> None:
         axis.margins(x=0.2)
         axis.spines[["top", "right", "bottom"]].set_visible(False)
         axis.tick_params(labelsize=8, length=0)
-    axes[0].invert_yaxis()
+    axes[0, 0].invert_yaxis()
     figure.suptitle("tokens/s over HTTP, 124.7 M model, bf16, two cores", fontsize=9)
     figure.tight_layout()
     figure.savefig(PLOT, metadata={"Date": None})

@@ -25,6 +25,7 @@ from typing import Any
 from plugins.engines.openvino_files import exported
 from plugins.types import ModelSource
 from scripts.bench import load, report, servers
+from scripts.bench.report import YARDSTICK
 from scripts.bench.train import MAIN, last_line, machine, on_cpu, output_of
 
 Figures = dict[str, float]  # of one load
@@ -33,7 +34,6 @@ Result = dict[str, Any]
 IN_PROCESS = {"torch-in-process": "Torch", "openvino-in-process": "OpenVino"}  # the specs of engines
 LOCKSTEP = ("openvino-genai", "ipex-generate")
 CONTENDERS = (*servers.SERVERS, *IN_PROCESS, *LOCKSTEP)
-YARDSTICK = "vllm-server"
 BENEATH = {  # what is without Ray and HTTP what the engine is with them
     "torch": "torch-in-process",
     "openvino": "openvino-genai",
@@ -54,6 +54,8 @@ COLUMNS = {
 
 def main() -> int:
     options = arguments().parse_args()
+    if options.readme and YARDSTICK not in options.only:
+        sys.exit(f"bench: --readme compares with {YARDSTICK}, which --only leaves out")
     environment = on_cpu(options.threads)
     model = Path(output_of([MAIN, "-m", "scripts.bench.serve_model"], environment).splitlines()[-1]).absolute()
     loads = load.plan(options.clients, options.requests, mixed=options.mixed, seed=0)
@@ -67,12 +69,12 @@ def main() -> int:
     medians = {name: median(results) for name, results in measured.items()}
     ratios = compare(medians)
     print(table(medians, ratios))
-    if options.readme:
-        report.write(medians)
     if options.json:
         about = {"machine": machine(options.threads), "requests": options.requests}
         everything = about | {"rounds": measured, "medians": medians, "ratios": ratios}
         options.json.write_text(json.dumps(everything, indent=2) + "\n")
+    if options.readme:
+        report.write(medians)
     return 0
 
 
