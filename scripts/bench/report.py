@@ -12,7 +12,7 @@ SHOWN = {  # of the contenders, what the README calls them
     "openvino": "`OpenVino()`",
     "openvino-int8": '`OpenVino(weights="int8")`',
     "ipex": "`Ipex()`",
-    "vllm": "`Vllm()`, on CPUs",
+    "vllm": "`Vllm(compiled=True)`, on CPUs",
     "vllm-server": "vLLM's own server, on CPUs",
     "transformers-serve": "transformers serve",
 }
