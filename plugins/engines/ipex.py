@@ -12,7 +12,6 @@ made about 0.9, 1.2 and 1.1 times its `generate`'s tokens a second, with 1, 8 an
 """
 
 import itertools
-import logging
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from functools import partial
@@ -36,8 +35,6 @@ from plugins.model_files import check_model_files
 from plugins.pretrained import load
 from plugins.spec import UserError
 from plugins.types import ModelSource
-
-log = logging.getLogger(__name__)
 
 NEEDED = {"torch": "2.8", "intel-extension-for-pytorch": "2.8"}  # on another torch it ends the process
 KINDS = {"int8": 1, "int4": 2}  # IPEX's numbers for them

@@ -5,7 +5,6 @@ one request whose schema it does not know ends all that run beside it; and it kn
 were likely in a token's place, nor adapters by request.
 """
 
-import logging
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Several
@@ -34,8 +33,6 @@ from plugins.model_files import OPENVINO, check_model_files
 from plugins.pretrained import first_line, load
 from plugins.spec import UserError
 from plugins.types import ModelSource
-
-log = logging.getLogger(__name__)
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "f32"}
 WANTED = "wanted"  # an input of ours: the tokens after which the next is to be known
