@@ -30,7 +30,7 @@ pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-LENGTH = 16_000  # tokens: an answer that takes minutes
+LENGTH = 64_000  # tokens: an answer that takes many minutes
 
 
 def free_port() -> int:
@@ -330,7 +330,7 @@ def test_clients_that_go_away_free_the_engine_behind_the_proxy(served: Served, s
     for client in clients:
         client.join()
     quick = endless | {"max_tokens": 2, "stream": False}
-    assert httpx.post(url, json=quick, timeout=5).status_code == 200
+    assert httpx.post(url, json=quick, timeout=60).status_code == 200  # a busy machine may pause; no answer ends by then
 
 
 def test_a_second_deployment_of_the_same_name_replaces_the_first(served: Served, project: Path) -> None:
