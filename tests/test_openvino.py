@@ -15,10 +15,10 @@ import small_models
 
 from plugins import environments
 from plugins.engines import Engine, OpenVino, Torch, openvino_files
+from plugins.engines.batched import BatchedEngine
 from plugins.engines.cache import BLOCK
 from plugins.engines.openvino import OpenVinoEngine
 from plugins.engines.openvino_files import exported
-from plugins.engines.torch import TorchEngine
 from plugins.spec import UserError
 from plugins.types import Constraint, Delta, GenerateRequest, Message, ModelSource, RequestError
 
@@ -197,7 +197,7 @@ def test_an_answer_grows_to_the_length_asked_for(base: Path, engines: tuple[Engi
 @needs_export
 def test_who_leaves_is_forgotten_and_a_bad_request_fails_alone(engines: tuple[Engine, Engine]) -> None:
     ours = engines[0]
-    assert isinstance(ours, TorchEngine)
+    assert isinstance(ours, BatchedEngine)
 
     async def leave() -> None:
         stream = ours.generate(GenerateRequest(prompt="one two", max_tokens=None, temperature=1.5, seed=3))

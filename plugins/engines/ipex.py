@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from plugins.engines import Ipex, Torch, quantized_files, runner
+from plugins.engines import Ipex, quantized_files, runner
+from plugins.engines.batched import BatchedEngine
 from plugins.engines.batching import Computer
 from plugins.engines.cache import BLOCK
 from plugins.engines.integers import GROUP, Bits, in_integers, pack, scales_of
-from plugins.engines.limits import longest
 from plugins.engines.pages import Pages
 from plugins.engines.scheduler import Piece, Scheduler
 from plugins.engines.sequence import Sequence
-from plugins.engines.torch import TorchEngine, load_model
+from plugins.engines.torch import load_model
 from plugins.model_files import check_model_files
 from plugins.pretrained import load
 from plugins.spec import UserError
@@ -41,40 +41,30 @@ KINDS = {"int8": 1, "int4": 2}  # IPEX's numbers for them
 PROBED = 1024 // BLOCK  # pages for the probes of a new runner
 
 
-class IpexEngine(TorchEngine):
+class IpexEngine(BatchedEngine[Ipex]):
     """An Engine, see plugins.engines: the torch engine but for what computes."""
 
     def __init__(self, source: ModelSource, options: Ipex, *, cpus: float, gpus: float = 0) -> None:
         if gpus:
             raise UserError(f"ServedModel.gpus = {gpus:g}: Ipex computes on CPUs only")
         check_versions()
-        self._weights = options.weights
-        both = Torch(
-            max_batch=options.max_batch,
-            max_length=options.max_length,
-            kv_memory=options.kv_memory,
-            max_adapters=options.max_adapters,
-        )
-        super().__init__(source, both, cpus=cpus)
+        super().__init__(source, options, cpus=cpus)
 
-    def _load(self, options: Torch, gpus: float) -> tuple[Computer, Scheduler[Sequence]]:
+    def _load(self, cpus: float, gpus: float) -> tuple[Computer, Scheduler[Sequence]]:
         check_model_files(self._source, "source.path")
         stored = quantized_files.stored(self._source, "ipex", ("int8", "int4"))
-        if stored and self._weights not in ("same", stored):
+        weights = self._options.weights
+        if stored and weights not in ("same", stored):
             raise UserError(
-                f"Ipex.weights = {self._weights!r}: {self._source.path!r} is in {stored} already; leave it at 'same'"
+                f"Ipex.weights = {weights!r}: {self._source.path!r} is in {stored} already; leave it at 'same'"
             )
         tokenizer, model = load(AutoTokenizer, self._source), load_model(self._source, gpus, stored is not None)
         self._know(tokenizer, model.generation_config, model.get_input_embeddings().num_embeddings)
-        config = model.config.get_text_config()
-        wanted = longest(config, options.max_length, "Ipex.max_length")
-        runner = Runner(model, stored or self._weights)
-        runner.check_length(config, wanted)
-        token_bytes = runner.tables.token_bytes
-        cache = self._cache(
-            options, wanted, lambda tokens: runner.make_pages(tokens // BLOCK), token_bytes, "Ipex.kv_memory"
-        )
-        return runner, Scheduler(cache, options.max_batch)
+        wanted = self._longest(model.config)
+        runner = Runner(model, stored or weights)
+        runner.check_length(model.config.get_text_config(), wanted)
+        cache = self._cache(wanted, lambda tokens: runner.make_pages(tokens // BLOCK), runner.tables.token_bytes)
+        return runner, Scheduler(cache, self._options.max_batch)
 
 
 def check_versions() -> None:

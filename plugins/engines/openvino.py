@@ -8,6 +8,7 @@ were likely in a token's place, nor adapters by request.
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Several
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,15 @@ from openvino._offline_transformations import paged_attention_transformation
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from plugins import hardware
-from plugins.engines import OpenVino, Torch, pages
+from plugins.engines import OpenVino, pages
 from plugins.engines.adapters import NONE
+from plugins.engines.batched import BatchedEngine
+from plugins.engines.batching import Computer
 from plugins.engines.cache import BLOCK
-from plugins.engines.limits import longest
 from plugins.engines.openvino_files import exported
 from plugins.engines.scheduler import Piece, Scheduler, is_scored
 from plugins.engines.sequence import Sequence
 from plugins.engines.text import Voice
-from plugins.engines.torch import TorchEngine
 from plugins.model_files import OPENVINO, check_model_files
 from plugins.pretrained import first_line, load
 from plugins.spec import UserError
@@ -38,7 +39,7 @@ PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "f32"}
 WANTED = "wanted"  # an input of ours: the tokens after which the next is to be known
 
 
-class OpenVinoEngine(TorchEngine):
+class OpenVinoEngine(BatchedEngine[OpenVino]):
     """An Engine, see plugins.engines: the torch engine but for what computes.
 
     The weights of an exported model are what they are: each adapter in memory is a whole model, merged before the export.
@@ -47,41 +48,27 @@ class OpenVinoEngine(TorchEngine):
     def __init__(self, source: ModelSource, options: OpenVino, *, cpus: float, gpus: float = 0) -> None:
         if gpus:
             raise UserError(f"ServedModel.gpus = {gpus:g}: OpenVino computes on CPUs only")
-        check_model_files(source, "source.path", options.files)
-        self._config = load(AutoConfig, source)
-        self._longest = longest(self._config.get_text_config(), options.max_length, "OpenVino.max_length")
-        self._weights = options.weights
-        self._base_folder = exported(source, options.weights)
-        both = Torch(
-            max_batch=options.max_batch,
-            max_length=options.max_length,
-            kv_memory=options.kv_memory,
-            max_adapters=options.max_adapters,
-        )
-        super().__init__(source, both, cpus=cpus)
+        super().__init__(source, options, cpus=cpus)
 
-    def _open(self, options: Torch, cpus: float, gpus: float) -> tuple["Runner", Scheduler[Sequence]]:
+    def _open(self, cpus: float, gpus: float) -> tuple[Computer, Scheduler[Sequence]]:
+        check_model_files(self._source, "source.path", self._options.files)
+        self._config = load(AutoConfig, self._source)
+        self._wanted = self._longest(self._config)
+        self._folder = exported(self._source, self._options.weights)  # with as many threads as there are
+        return super()._open(cpus, gpus)
+
+    def _placed(self, cpus: float, gpus: float) -> AbstractContextManager[ExitStack]:
         hardware.use_cpus(1)  # of torch, which only chooses tokens here: more threads would be in the way of OpenVINO's
-        with hardware.confined_threads(cpus) as claim:
-            opened = self._load_exported(options, max(1, int(cpus)))
-            self._cpus = claim.pop_all()
-            return opened
+        return hardware.confined_threads(cpus)
 
-    def _load_exported(self, options: Torch, threads: int) -> tuple["Runner", Scheduler[Sequence]]:
+    def _load(self, cpus: float, gpus: float) -> tuple[Computer, Scheduler[Sequence]]:
         tokenizer = load(AutoTokenizer, self._source)
-        self._device = hardware.device(0)
         dtype = hardware.compute_dtype(self._source.dtype, self._device)
-        self._compile = partial(Model, dtype=dtype, threads=threads)
-        base = self._compile(self._base_folder)
+        self._compile = partial(Model, dtype=dtype, threads=max(1, int(cpus)))
+        base = self._compile(self._folder)
         self._know(tokenizer, _generation_config(self._source, self._config), base.vocabulary)
-        cache = self._cache(
-            options,
-            self._longest,
-            lambda tokens: self._make_pages(base, tokens),
-            base.token_bytes,
-            "OpenVino.kv_memory",
-        )
-        return Runner(base.reading(self._pages)), Scheduler(cache, options.max_batch)
+        cache = self._cache(self._wanted, lambda tokens: self._make_pages(base, tokens), base.token_bytes)
+        return Runner(base.reading(self._pages)), Scheduler(cache, self._options.max_batch)
 
     def _make_pages(self, base: "Model", tokens: int) -> "Pages":
         self._pages = Pages(base.pages, tokens // BLOCK)
@@ -90,7 +77,7 @@ class OpenVinoEngine(TorchEngine):
     def _open_run(self, run: Path) -> tuple["Model", Voice]:
         """As the torch engine's, with base and adapter as one model; meanwhile others are served."""
         adapter, voice = super()._open_run(run)
-        folder = exported(self._source, self._weights, adapter)
+        folder = exported(self._source, self._options.weights, adapter)
         return self._compile(folder).reading(self._pages), voice
 
 
