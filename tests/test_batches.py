@@ -141,6 +141,7 @@ config = Mine()
 """
 
 
+@pytest.mark.slow
 def test_a_processor_of_the_config_is_cached_by_its_code_and_works_in_other_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

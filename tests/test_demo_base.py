@@ -59,6 +59,7 @@ def test_the_base_knows_its_language(base):
     assert perplexity < unigram / 20
 
 
+@pytest.mark.slow
 def test_the_base_answers_what_it_was_taught(base):
     # It answers 0.82 of 450; another processor rounds otherwise.
     assert pretrain.examine(*base, questions=54)["all"] >= 0.75
@@ -104,6 +105,7 @@ def test_the_same_seed_makes_the_same_conversations():
     assert [next(first) for _ in range(200)] == [next(second) for _ in range(200)]
 
 
+@pytest.mark.slow
 def test_the_script_makes_a_base_on_a_small_budget(tmp_path):
     command = [DEMO_BASE / "pretrain.py", "--out", tmp_path, "--steps", "40", "--questions", "9"]
     told = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, timeout=120).stdout

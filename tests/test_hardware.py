@@ -71,6 +71,7 @@ def test_each_thread_of_a_team_has_a_cpu_or_none_has() -> None:
         assert team() == anywhere
 
 
+@pytest.mark.slow
 def test_a_librarys_threads_stay_on_the_cpus_of_their_engine() -> None:
     """OpenVINO's, which do not run where the thread may that starts them; in a process of its own, for it looks once."""
     ran = subprocess.run([sys.executable, "-c", CONFINED], capture_output=True, text=True, timeout=60, check=True)

@@ -92,6 +92,7 @@ def one_rank(rank: int, config: FinetuneConfig, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_batch_of_8_is_2_x_4_is_two_ranks_of_4(config: FinetuneConfig, tmp_path: Path) -> None:
     config = replace(config, optim=Optim(lr=1e-3, warmup=0))
     multiprocessing.spawn(one_rank, (config, str(tmp_path)), nprocs=2)

@@ -46,11 +46,13 @@ print([name for name in ("ray", "torch", "transformers", "finetune", "serve") if
 """
 
 
+@pytest.mark.slow
 def test_opening_the_page_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", OPENING], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -137,6 +139,7 @@ def serving(*applications: Application) -> Status:
     return Status("2 CPUs", 1.0, [], list(applications))
 
 
+@pytest.mark.slow
 def test_a_deployment_that_is_stopped_ends_the_wait(tmp_path: Path) -> None:
     (tmp_path / "s.py").write_text(SERVE_CONFIG)
     platform = Stub(statuses=[serving(), serving(Application("manta", "DEPLOYING", "")), serving()])

@@ -354,6 +354,7 @@ def test_a_model_in_openvinos_format_is_served_without_another_export(
 # What is measured
 
 
+@pytest.mark.slow
 def test_the_perplexity_is_the_models_own(base: Path, text: Path) -> None:
     source = ModelSource(str(base), dtype="fp32")
     texts = quantizing._texts(text, source)

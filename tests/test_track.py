@@ -142,6 +142,7 @@ def children() -> set[str]:
     return {name.strip() for name in listed.stdout.splitlines()}
 
 
+@pytest.mark.slow
 def test_metrics_config_and_summary_are_in_the_files_of_both(run: Path) -> None:
     with track.opened(CONFIG, run) as trackers:
         with _progress(run, trackers):

@@ -445,6 +445,7 @@ def test_what_may_go_better_is_tried_again(failure: Turn) -> None:
     run(main)
 
 
+@pytest.mark.slow
 def test_a_server_says_when_to_come_back() -> None:
     async def main() -> None:
         for date in (False, True):
