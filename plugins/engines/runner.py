@@ -8,6 +8,7 @@ import inspect
 import itertools
 import math
 import mmap
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -31,6 +32,13 @@ SMALL = 256  # keys of all sequences: below it, one call costs less than several
 QUERIES = 64  # of a prompt at a time: their scores stay in a core's cache
 
 
+class Table(NamedTuple):
+    """The keys and values of a slab. Zeros at first, since a NaN that is hidden would still be one."""
+
+    wholes: list[torch.Tensor]  # [tables, rows, KV heads, capacity, width], one for each shape that a layer's can have
+    layers: list[tuple[torch.Tensor, torch.Tensor]]  # of those, each layer's keys and values: [rows, ...]
+
+
 class Tables:
     """A Store of keys and values, for layers of `shapes`: (KV heads, width of a key, width of a value)."""
 
@@ -38,20 +46,23 @@ class Tables:
         self._shapes, self._dtype, self._device = shapes, dtype, device
         self.token_bytes = sum(heads * (key + value) for heads, key, value in shapes) * dtype.itemsize
 
-    def make(self, rows: int, capacity: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Each layer's keys and values, [rows, KV heads, capacity, width]: zeros, since a hidden NaN would still be one."""
-        return [
-            (self._zeros(rows, heads, capacity, key), self._zeros(rows, heads, capacity, value))
-            for heads, key, value in self._shapes
-        ]
+    def make(self, rows: int, capacity: int) -> Table:
+        kinds = [(heads, width) for heads, *widths in self._shapes for width in widths]
+        # Those of one shape lie in one tensor: a row is then copied by one operator, not by two for each layer.
+        wholes = {
+            (heads, width): self._zeros(count, rows, heads, capacity, width)
+            for (heads, width), count in Counter(kinds).items()
+        }
+        unused = {kind: iter(whole) for kind, whole in wholes.items()}
+        tables = [next(unused[kind]) for kind in kinds]
+        return Table(list(wholes.values()), list(zip(tables[::2], tables[1::2], strict=True)))
 
-    def release(self, tables: Any) -> None:
+    def release(self, tables: Table) -> None:
         """Nobody has them any more: torch frees them by itself."""
 
     def copy(self, source: Place, at: int, target: Place, to: int, tokens: int) -> None:
-        for theirs, ours in zip(source.slab.tables, target.slab.tables, strict=True):
-            for old, new in zip(theirs, ours, strict=True):
-                new[target.row, :, to : to + tokens] = old[source.row, :, at : at + tokens]
+        for old, new in zip(source.slab.tables.wholes, target.slab.tables.wholes, strict=True):
+            new[:, target.row, :, to : to + tokens] = old[:, source.row, :, at : at + tokens]
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         if self._device.type != "cpu":
@@ -159,7 +170,7 @@ class Attention:
     def _decode(
         self, part: Decoding, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule
     ) -> torch.Tensor:
-        keys, values = part.slab.tables[layer]
+        keys, values = part.slab.tables.layers[layer]
         mine = slice(part.first, part.last)
         keys[part.rows, :, part.positions] = key[mine]
         values[part.rows, :, part.positions] = value[mine]
@@ -175,7 +186,7 @@ class Attention:
     def _read(
         self, part: Reading, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule
     ) -> torch.Tensor:
-        keys, values = (table[part.place.row] for table in part.place.slab.tables[layer])
+        keys, values = (table[part.place.row] for table in part.place.slab.tables.layers[layer])
         mine, count = slice(part.first, part.last), part.last - part.first
         keys[:, part.start : part.start + count] = key[mine].transpose(0, 1)
         values[:, part.start : part.start + count] = value[mine].transpose(0, 1)
