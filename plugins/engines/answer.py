@@ -42,72 +42,76 @@ class Answer:
         self.limit, self.min_tokens = limit, min_tokens
         self.finished = False
         self._count = 0
+        self._reason: FinishReason | None = None
+        self._stop: str | int | None = None  # what the request named, and the answer ended with
         self._include_stop = request.include_stop
         self._text = TextStream(voice.tokenizer, request.stop, include_stop=request.include_stop)
+        # Text is made where it is sent, of several tokens at once, unless it may end the answer, or is counted by the token.
+        self._by_token = bool(request.stop) or request.logprobs is not None
         self._voice = voice
         self._echo, self._offsets = voice.echo(request, prompt) if request.echo else ("", [0] * len(prompt))
-        self._said = False  # whether there has been a Delta with text
+        self._said = False  # whether there has been a Delta
         self._logprobs: list[TokenLogprob] = []  # of tokens whose text is still to come
-        self._unsent: list[Delta] = []
-        self._sent = False  # whether anything has been
+        self._unsent: tuple[str, list[TokenLogprob]] = "", []
 
     @property
     def is_urgent(self) -> bool:
         """Whether what there is to say should not wait: it is the beginning of the answer, or its end."""
-        return self.finished or not self._sent
+        return self.finished or not self._said
 
     def news(self) -> Delta | None:
         """What there is to say since the last time, if anything."""
-        if not self._unsent:
+        if not (self._by_token or self.finished):
+            self._say(self._text.certain())
+        (text, logprobs), self._unsent = self._unsent, ("", [])
+        if not (text or self.finished):
             return None
-        deltas, self._unsent, self._sent = self._unsent, [], True
-        return Delta.joined(deltas)
+        first, self._said = not self._said, True
+        return Delta(
+            self._echo + text if first else text,
+            len(self.prompt),
+            self._count,
+            self._reason,
+            self._stop,
+            tuple(logprobs),
+            self._prompt_logprobs() if first and self.scores_prompt else (),
+        )
 
     def accept(self, choice: Choice, *, complete: bool = False) -> None:
         """The answer grows by a token. With a limit of 0 it does not grow, and ends.
 
         `complete`: nothing may follow, as a grammar says.
         """
-        delta = self._grow(choice, complete)
-        self.finished = delta.finish_reason is not None
-        if delta.text or self.finished:
-            self._unsent.append(delta)
-
-    def _grow(self, choice: Choice, complete: bool) -> Delta:
         if self.limit == 0:
-            return self._delta("", "length")
+            self._end("length")
+            return
         token = choice.token
         self.tokens.append(token)
         self._count += 1
         if choice.logprob is not None:
             self._logprobs.append(self._scored(choice, len(self._echo) + self._text.length))
         may_stop = self._count > self.min_tokens
-        reason: FinishReason | None = None
-        stop: str | int | None = None
-        if token in self.ends or token in self.stops:
-            shown = self._text.push(token, may_stop=may_stop) if self._include_stop else ""
-            text, reason = shown + self._text.end(may_stop=may_stop), "stop"
-            stop = token if token in self.stops else None
-        else:
-            text = self._text.push(token, may_stop=may_stop)
-            stop = self._text.stopped
-            if stop is not None:
-                reason = "stop"
-            elif complete or self._count == self.limit:
-                reason = "stop" if complete else "length"
-                text += self._text.end(may_stop=may_stop)
-        return self._delta(text, reason, stop)
+        is_end = token in self.ends or token in self.stops
+        if not is_end or self._include_stop:
+            self._text.add(token)
+            if self._by_token:
+                self._say(self._text.certain(may_stop=may_stop))
+        if is_end:
+            self._end("stop", token if token in self.stops else None, may_stop=may_stop)
+        elif self._text.stopped is not None:
+            self._end("stop", self._text.stopped)
+        elif complete or self._count == self.limit:
+            self._end("stop" if complete else "length", may_stop=may_stop)
 
-    def _delta(self, text: str, reason: FinishReason | None, stop: str | int | None = None) -> Delta:
-        """What is to be said, with all that has waited for it. Without text and reason, all goes on waiting."""
-        if not text and reason is None:
-            return Delta("", len(self.prompt), self._count)
-        logprobs, self._logprobs = tuple(self._logprobs), []
-        prompt_logprobs: tuple[TokenLogprob, ...] = ()
-        if self.scores_prompt and not self._said:
-            prompt_logprobs = self._prompt_logprobs()
-        text, self._said = text if self._said else self._echo + text, True
-        return Delta(text, len(self.prompt), self._count, reason, stop, logprobs, prompt_logprobs)
+    def _end(self, reason: FinishReason, stop: str | int | None = None, *, may_stop: bool = True) -> None:
+        self.finished, self._reason, self._stop = True, reason, stop
+        self._say(self._text.end(may_stop=may_stop))
+
+    def _say(self, text: str) -> None:
+        """With the log-probabilities that have waited for a text, or for the end."""
+        if text or self.finished:
+            said, logprobs = self._unsent
+            self._unsent, self._logprobs = (said + text, logprobs + self._logprobs), []
 
     def _prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
         first = self._scored(Choice(self.prompt[0]), self._offsets[0])

@@ -68,7 +68,7 @@ class Tables:
         if self._device.type != "cpu":
             return torch.zeros(shape, dtype=self._dtype, device=self._device)
         # Memory that the kernel zeroes where it is first touched: all at once would hold up everyone for some steps.
-        memory = mmap.mmap(-1, math.prod(shape) * self._dtype.itemsize)
+        memory = mmap.mmap(-1, math.prod(shape) * self._dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):  # on Linux; without, each 4 KiB is a fault of its own
             memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=self._dtype).view(shape)

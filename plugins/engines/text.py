@@ -169,11 +169,19 @@ class TextStream:
         self._held = ""  # taken, but it may begin a stop string
 
     def push(self, token: int, *, may_stop: bool = True) -> str:
-        """The text that is certain now that `token` has come; `stopped` is set where a stop string was met.
+        """As `add` and `certain`."""
+        self.add(token)
+        return self.certain(may_stop=may_stop)
+
+    def add(self, token: int) -> None:
+        """`token` has come; its text is made later."""
+        self._window.append(token)
+
+    def certain(self, *, may_stop: bool = True) -> str:
+        """The text that has become certain; `stopped` is set where a stop string was met.
 
         Text that comes while it may not stop is no part of a stop string.
         """
-        self._window.append(token)
         text = self._decode()
         certain = text.rstrip(CUT)
         new, self._taken = certain[self._taken :], max(self._taken, len(certain))
