@@ -20,7 +20,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models
 
-from plugins.engines import Torch, batching, runner, scheduler
+from plugins.engines import Torch, batching, layers, runner, scheduler
 from plugins.engines.cache import Cache
 from plugins.engines.compiled import Compiled
 from plugins.engines.text import TextStream
@@ -597,6 +597,21 @@ def test_8_bit_weights_hardly_change_the_answers(base: Path, engine: TorchEngine
         assert 0 < ((exact - rounded).norm() / exact.norm()) < 0.05
     finally:
         asyncio.run(small.close())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(128, 192), (33, 50), (7, 8)])
+def test_8_bit_products_are_close_for_any_number_of_rows(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(shape, dtype=dtype), torch.randn(shape[0], dtype=dtype)
+    made = layers.product(weight, bias, "int8")
+    x = torch.randn(2, 20, shape[1], dtype=dtype)
+    exact = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
+    for count in (1, 2, 3, 20):
+        found, wanted = made(x[:, :count]), exact[:, :count]
+        assert found.shape == wanted.shape
+        assert found.dtype == dtype
+        assert ((found.float() - wanted).norm() / wanted.norm()) < 0.02
 
 
 def _logits(engine: TorchEngine, ids: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from plugins.engines.integers import in_integers, scales_of, whole
 
 PACKED_FOR = 32  # rows that the order of packed weights is best for
+FEW = 4  # rows, for which 8-bit products of small matrices have a way of their own
+SMALL = 2**23  # weights: of larger matrices, reading takes the time, and a second copy would take much memory
 
 
 class Product(Protocol):
@@ -73,6 +75,8 @@ class Packed:
 class Int8:
     """Products of 8-bit integers: weights with a scale for each output, activations with one for each token, found anew each
     time (LLM.int8(), arXiv 2208.07339, without its outliers). oneDNN's, on CPUs.
+
+    For a few rows of a small matrix, finding those scales would take as long as the product: their activations stay whole.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None) -> None:
@@ -81,9 +85,15 @@ class Int8:
         self._packed = torch.ops.onednn.qlinear_prepack(integers, [PACKED_FOR, weight.shape[1]])
         self._scales, self._bias, self._dtype = scales.flatten(), bias, weight.dtype
         self._zeros = torch.zeros(len(scales), dtype=torch.int64)
+        # torch's kernel reads beyond the end of rows of other lengths.
+        is_fit = self._dtype == torch.bfloat16 and not any(size % 64 for size in weight.shape)
+        self._whole = (integers, self._scales.to(self._dtype)) if is_fit and integers.numel() <= SMALL else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
+        if self._whole is not None and len(flat) <= FEW:
+            few = torch._weight_int8pack_mm(flat.contiguous(), *self._whole)
+            return (few if self._bias is None else few.add_(self._bias)).view(*x.shape[:-1], -1)
         largest = torch.linalg.vector_norm(flat, torch.inf, -1, keepdim=True, dtype=torch.float32)
         step = largest.div_(127).add_(1e-12)  # a row of zeros stays one
         integers = (flat / step).add_(128.5).to(torch.uint8)  # unsigned, with its zero at 128
