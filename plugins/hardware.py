@@ -1,6 +1,7 @@
 """What this process computes on: the one place that names devices."""
 
 import ctypes
+import errno
 import os
 import platform
 import socket
@@ -49,6 +50,13 @@ def free_memory(on: torch.device) -> int:
     if limit.is_file() and limit.read_text().strip() != "max":  # a container may have less than its machine
         available = min(available, int(limit.read_text()) - int(used.read_text()))
     return available
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError; mapping memory, an OSError.
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def use_cpus(cpus: float) -> None:

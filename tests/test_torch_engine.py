@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import errno
 import gc
 import json
 import os
@@ -21,9 +22,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models
 
 from plugins.engines import Torch, batching, layers, runner, scheduler
+from plugins.engines.answer import Answer, Choice
 from plugins.engines.cache import Cache
 from plugins.engines.compiled import Compiled
-from plugins.engines.text import TextStream
+from plugins.engines.text import TextStream, Voice
 from plugins.engines.torch import TorchEngine
 from plugins.spec import UserError
 from plugins.types import Delta, GenerateRequest, Message, ModelSource, RequestError
@@ -443,6 +445,27 @@ def test_pieces_of_any_tokens_join_to_what_the_tokenizer_makes_of_them_all() -> 
         assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("make", [byte_fallback_tokenizer, small_models.tokenizer, transformers.ByT5Tokenizer])
+def test_the_text_does_not_depend_on_how_often_it_is_sent(make: Callable[[], Any]) -> None:
+    tokenizer = make()
+    vocabulary = tokenizer.get_vocab()
+    cut = [vocabulary[f"<0x{byte:02X}>"] for byte in "🙂🙂東東".encode()[:-1] if "<0x00>" in vocabulary]
+    random = torch.Generator().manual_seed(0)
+    mixed = [torch.randint(3, 260, (40,), generator=random).tolist() for _ in range(20)]
+    for ids in [*mixed, [5, *cut]]:
+        texts = set()
+        for often in (1, 2, 5, len(ids)):
+            request = GenerateRequest(prompt="hello")
+            grown = Answer(request, prompt=[1], limit=len(ids), min_tokens=0, voice=Voice(tokenizer, frozenset()))
+            text = ""
+            for count, token in enumerate(ids, start=1):
+                grown.accept(Choice(token))
+                if count % often == 0 or grown.finished:
+                    text += news.text if (news := grown.news()) else ""
+            texts.add(text)
+        assert len(texts) == 1
+
+
 def test_pieces_of_sentencepiece_text_keep_their_spaces() -> None:
     tokenizer = byte_fallback_tokenizer()
     token = tokenizer.get_vocab()
@@ -583,6 +606,38 @@ def test_a_request_that_runs_out_of_memory_fails_alone(base: Path, monkeypatch: 
         *first, third, fourth = asyncio.run(main())
         assert [delta.text for delta in first] == [generated(base, prompt, max_tokens=50) for prompt in PROMPTS[:2]]
         assert all("not enough memory" in str(error) for error in (third, fourth))
+        engine.check()
+        assert ask(engine, "hello").text == generated(base, "hello")
+    finally:
+        asyncio.run(engine.close())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_where_there_is_no_memory_for_a_row_the_request_fails_alone(
+    base: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    engine = start(base)
+    zeros = runner.Tables._zeros
+
+    def full(self: Any, *shape: int) -> Any:
+        if shape[-2] > 64:  # tokens of a row
+            raise error
+        return zeros(self, *shape)
+
+    monkeypatch.setattr(runner.Tables, "_zeros", full)
+
+    async def main() -> list[Any]:
+        asks = [
+            answer(engine, "hello " * 60),
+            answer(engine, "hello"),
+            answer(engine, "one", max_tokens=80, ignore_eos=True),
+        ]
+        return await asyncio.wait_for(asyncio.gather(*asks, return_exceptions=True), 20)
+
+    try:
+        grown, short, long = asyncio.run(main())
+        assert short.text == generated(base, "hello")
+        assert all("not enough memory" in str(failed) for failed in (long, grown))
         engine.check()
         assert ask(engine, "hello").text == generated(base, "hello")
     finally:

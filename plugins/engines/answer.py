@@ -46,8 +46,9 @@ class Answer:
         self._stop: str | int | None = None  # what the request named, and the answer ended with
         self._include_stop = request.include_stop
         self._text = TextStream(voice.tokenizer, request.stop, include_stop=request.include_stop)
-        # Text is made where it is sent, of several tokens at once, unless it may end the answer, or is counted by the token.
-        self._by_token = bool(request.stop) or request.logprobs is not None
+        # Text is made where it is sent, of several tokens at once, unless it may end the answer, is counted by the token, or
+        # would then be another.
+        self._by_token = bool(request.stop) or request.logprobs is not None or voice.takes_back
         self._voice = voice
         self._echo, self._offsets = voice.echo(request, prompt) if request.echo else ("", [0] * len(prompt))
         self._said = False  # whether there has been a Delta
@@ -108,7 +109,7 @@ class Answer:
         self._say(self._text.end(may_stop=may_stop))
 
     def _say(self, text: str) -> None:
-        """With the log-probabilities that have waited for a text, or for the end."""
+        """Have `text` sent, with the log-probabilities that have waited for a text, or for the end."""
         if text or self.finished:
             said, logprobs = self._unsent
             self._unsent, self._logprobs = (said + text, logprobs + self._logprobs), []

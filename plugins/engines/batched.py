@@ -97,7 +97,7 @@ class BatchedEngine(ABC, Generic[L]):
 
     def _cache(self, wanted: int, store: Callable[[int], Store], token_bytes: int) -> Cache:
         """For sequences of `wanted` tokens, or as many as there is memory for, in a `store` made for so many in all."""
-        tokens = kv_tokens(
+        tokens = _kv_tokens(
             self._options.kv_memory,
             token_bytes,
             free=hardware.free_memory(self._device),
@@ -216,7 +216,7 @@ class BatchedEngine(ABC, Generic[L]):
         return directory, self._base.voice.of_run(run, self._source, self._tokens)
 
 
-def kv_tokens(written: str, token_bytes: int, *, free: int, most: int, field: str) -> int:
+def _kv_tokens(written: str, token_bytes: int, *, free: int, most: int, field: str) -> int:
     """Tokens, at most `most`, whose keys and values may be in memory: as many as `written`, which is `field`'s, allows."""
     allowed = memory_size(written, free=free, field=field)
     tokens = min(allowed // token_bytes, most)

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 import torch
 
+from plugins import hardware
 from plugins.engines.answer import pause
 from plugins.engines.sampling import choose
-from plugins.engines.scheduler import Piece, Running, Scheduler
+from plugins.engines.scheduler import Piece, Scheduler
 from plugins.engines.sequence import Mailbox, Sequence
 from plugins.types import Delta
 
@@ -168,15 +169,21 @@ class Batcher:
 
     def _step(self) -> None:
         """Compute what the scheduler plans, and give everyone the token that is next."""
-        pieces = self._scheduler.plan()
+        try:
+            pieces = self._scheduler.plan()
+        except MemoryError as error:
+            self._fail(self._scheduler.waiting.popleft(), error)  # it would be the next, and had all the room
+            return
         if not pieces:
             return
         try:
             logits, rows = self._runner.run(pieces)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+        except RuntimeError as error:
+            if not hardware.is_out_of_memory(error):
                 raise
-            self._fail(self._scheduler.running[-1], error)  # the last to come; the others go on
+            last = self._scheduler.running[-1]  # to come; the others go on
+            self._scheduler.drop(last)
+            self._fail(last.sequence, error)
             return
         self._scheduler.computed(pieces)
         self._deliver(logits, rows)
@@ -208,15 +215,9 @@ class Batcher:
         letters = [(sequence, sequence.news()) for sequence in sequences if is_round or sequence.is_urgent]
         _post([(sequence, delta) for sequence, delta in letters if delta is not None])
 
-    def _fail(self, running: Running[Sequence], error: Exception) -> None:
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
         logger.warning("a request fails: %s", error)
-        self._scheduler.drop(running)
-        _post([(running.sequence, RuntimeError(f"there is not enough memory for this request: {error}"))])
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On a CPU torch raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        _post([(sequence, RuntimeError(f"there is not enough memory for this request: {error}"))])
 
 
 def _post(letters: list[tuple[Sequence, Delta]] | list[tuple[Sequence, RuntimeError]]) -> None:

@@ -24,7 +24,7 @@ class Store(Protocol):
     """What holds the numbers."""
 
     def make(self, rows: int, capacity: int) -> Any:
-        """Tables for `rows` rows of `capacity` tokens, without NaN in them."""
+        """Tables for `rows` rows of `capacity` tokens, without NaN in them. Raises MemoryError."""
         ...
 
     def release(self, tables: Any) -> None:
@@ -147,7 +147,10 @@ class Cache:
         rows = min(max(wanted, 1), (self.budget - self.allocated) // capacity)
         if rows < 1:
             return None
-        slab = Slab(capacity, rows, self._store.make(rows, capacity))
+        try:
+            slab = Slab(capacity, rows, self._store.make(rows, capacity))
+        except MemoryError:  # others have taken what was free at the start
+            return None
         self.slabs.append(slab)
         return slab
 

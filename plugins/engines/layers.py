@@ -77,6 +77,7 @@ class Int8:
     time (LLM.int8(), arXiv 2208.07339, without its outliers). oneDNN's, on CPUs.
 
     For a few rows of a small matrix, finding those scales would take as long as the product: their activations stay whole.
+    So a row's numbers are not quite the same in larger company.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None) -> None:

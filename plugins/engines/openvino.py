@@ -54,7 +54,7 @@ class OpenVinoEngine(BatchedEngine[OpenVino]):
         check_model_files(self._source, "source.path", self._options.files)
         self._config = load(AutoConfig, self._source)
         self._wanted = self._longest(self._config)
-        self._folder = exported(self._source, self._options.weights)  # with as many threads as there are
+        self._folder = exported(self._source, self._options.weights)  # on all CPUs: none is claimed yet
         return super()._open(cpus, gpus)
 
     def _placed(self, cpus: float, gpus: float) -> AbstractContextManager[ExitStack]:

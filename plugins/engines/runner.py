@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
+from plugins import hardware
 from plugins.engines import lean
 from plugins.engines.adapters import NONE, Adapters
 from plugins.engines.cache import Cache, Place, Slab
@@ -33,10 +34,14 @@ QUERIES = 64  # of a prompt at a time: their scores stay in a core's cache
 
 
 class Table(NamedTuple):
-    """The keys and values of a slab. Zeros at first, since a NaN that is hidden would still be one."""
+    """The keys and values of a slab."""
 
-    wholes: list[torch.Tensor]  # [tables, rows, KV heads, capacity, width], one for each shape that a layer's can have
-    layers: list[tuple[torch.Tensor, torch.Tensor]]  # of those, each layer's keys and values: [rows, ...]
+    wholes: list[
+        torch.Tensor
+    ]  # [tables, rows, KV heads, capacity, width]: for each KV heads and width, all that have them
+    layers: list[
+        tuple[torch.Tensor, torch.Tensor]
+    ]  # each layer's keys and values, which are parts of those: [rows, ...]
 
 
 class Tables:
@@ -47,6 +52,15 @@ class Tables:
         self.token_bytes = sum(heads * (key + value) for heads, key, value in shapes) * dtype.itemsize
 
     def make(self, rows: int, capacity: int) -> Table:
+        """Of zeros, since a NaN that is hidden would still be one."""
+        try:
+            return self._made(rows, capacity)
+        except (RuntimeError, OSError) as error:
+            if hardware.is_out_of_memory(error):
+                raise MemoryError(str(error)) from error
+            raise
+
+    def _made(self, rows: int, capacity: int) -> Table:
         kinds = [(heads, width) for heads, *widths in self._shapes for width in widths]
         # Those of one shape lie in one tensor: a row is then copied by one operator, not by two for each layer.
         wholes = {
@@ -68,7 +82,7 @@ class Tables:
         if self._device.type != "cpu":
             return torch.zeros(shape, dtype=self._dtype, device=self._device)
         # Memory that the kernel zeroes where it is first touched: all at once would hold up everyone for some steps.
-        memory = mmap.mmap(-1, math.prod(shape) * self._dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, math.prod(shape) * self._dtype.itemsize, flags=mmap.MAP_PRIVATE)
         if hasattr(mmap, "MADV_HUGEPAGE"):  # on Linux; without, each 4 KiB is a fault of its own
             memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=self._dtype).view(shape)

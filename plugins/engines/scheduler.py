@@ -84,7 +84,11 @@ class Scheduler(Generic[R]):
         return [*(running.sequence for running in self.running), *self.waiting]
 
     def plan(self) -> list[Piece[R]]:
-        """The next step: those who decode first. Empty only where nothing is left to do."""
+        """The next step: those who decode first. Empty only where nothing is left to do.
+
+        Raises MemoryError where nothing runs, and the machine has less memory than the cache may take: not enough for the
+        first that waits.
+        """
         self._drop_abandoned()
         self._make_room()
         pieces = [Piece(running, 1) for running in self.running if running.decodes]
@@ -100,6 +104,8 @@ class Scheduler(Generic[R]):
             self.waiting.popleft()
             pieces.append(Piece(admitted, min(left, admitted.left)))
             left -= pieces[-1].count
+        if self.waiting and not self.running:
+            raise MemoryError("no memory for its keys and values")
         return pieces
 
     def computed(self, pieces: Iterable[Piece[R]]) -> None:

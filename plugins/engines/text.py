@@ -20,7 +20,7 @@ from plugins.template import Tokenizer, conversation_text, end_of_turn
 from plugins.types import GenerateRequest, Message, ModelSource, RequestError
 
 CUT = "\ufffd"  # what a decoder puts where the bytes of a character are not all there
-WINDOW = 16  # tokens decoded again for each new one: enough for the context that a decoder wants
+WINDOW = 16  # tokens decoded again with new ones, at most: enough for the context that a decoder wants
 
 
 class Spelling:
@@ -29,8 +29,7 @@ class Spelling:
     def __init__(self, tokenizer: Any) -> None:
         self._names = tokenizer.convert_ids_to_tokens
         self._added = {number: str(token).encode() for number, token in tokenizer.added_tokens_decoder.items()}
-        decoder = tokenizer.backend_tokenizer.decoder
-        kinds = decoder.__getstate__().decode() if decoder is not None else ""
+        kinds = _decoder(tokenizer) or ""
         self._byte_level, self._bytes, self._words = (kind in kinds for kind in ("ByteLevel", "ByteFallback", "▁"))
 
     def __call__(self, token: int) -> bytes:
@@ -42,6 +41,14 @@ class Spelling:
         if self._bytes and len(name) == 6 and name.startswith("<0x"):
             return bytes([int(name[3:5], 16)])
         return (name.replace("▁", " ") if self._words else name).encode()
+
+
+def _decoder(tokenizer: Any) -> str | None:
+    """What it is made of, as JSON; None where that is code of its own."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    return backend.decoder.__getstate__().decode() if backend.decoder is not None else ""
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -91,6 +98,14 @@ class Voice:
     def grammars(self) -> Grammars:
         """The constraints on answers in this voice; made when the first is asked for, which takes a while."""
         return Grammars(self.tokenizer, self.ends)
+
+    @cached_property
+    def takes_back(self) -> bool:
+        """Whether a token may change the text before it: bytes that follow each other are read as a whole, and none of them
+        is a character any more once one comes that fits nowhere.
+        """
+        decoder = _decoder(self.tokenizer)
+        return decoder is None or "ByteFallback" in decoder
 
     @cached_property
     def spelling(self) -> Spelling:
