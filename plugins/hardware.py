@@ -53,10 +53,10 @@ def free_memory(on: torch.device) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    # On a CPU torch raises a plain RuntimeError; mapping memory, an OSError.
+    """Whether this is what torch, or the mapping of memory, raises where there is no more."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # the latter on CPUs
 
 
 def use_cpus(cpus: float) -> None:

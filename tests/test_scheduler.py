@@ -1,5 +1,6 @@
 """Which tokens are computed when, and where they lie: driven at random, beside a model that is a sum."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,16 +15,21 @@ VOCABULARY = 50
 
 
 class Rows:
-    """A Store whose keys are the tokens themselves."""
+    """A Store whose keys are the tokens themselves. The machine has memory for `room` of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: float = math.inf) -> None:
         self.made = 0
+        self._room = room
 
     def make(self, rows: int, capacity: int) -> list[list[int | None]]:
+        if rows * capacity > self._room:
+            raise MemoryError
+        self._room -= rows * capacity
         self.made += rows * capacity
         return [[None] * capacity for _ in range(rows)]
 
     def release(self, tables: list[list[int | None]]) -> None:
+        self._room += sum(map(len, tables))
         tables.clear()  # nobody may look at them again
 
     def copy(self, source: Place, at: int, target: Place, to: int, tokens: int) -> None:
@@ -66,8 +72,8 @@ def alone(asked: Asked) -> list[int]:
 class Machine:
     """Runs what a Scheduler plans."""
 
-    def __init__(self, budget: int, longest: int, rows: int) -> None:
-        self.store = Rows()
+    def __init__(self, budget: int, longest: int, rows: int, room: float = math.inf) -> None:
+        self.store = Rows(room)
         self.cache = Cache(self.store, budget=budget, longest=longest)
         self.scheduler: Scheduler[Asked] = Scheduler(self.cache, rows)
         self.computed = 0  # tokens
@@ -126,13 +132,14 @@ asked = st.builds(Asked, prompts, st.integers(1, 60), adapter=st.sampled_from(["
 @given(
     arrivals=st.lists(st.tuples(st.integers(0, 30), asked), min_size=1, max_size=12),
     budget=st.integers(256, 3000),
+    room=st.integers(256, 3000),
     rows=st.integers(1, 6),
     leaving=st.sets(st.integers(0, 11)),
 )
 def test_answers_are_those_of_each_alone_in_any_company_and_any_memory(
-    arrivals: list[tuple[int, Asked]], budget: int, rows: int, leaving: set[int]
+    arrivals: list[tuple[int, Asked]], budget: int, room: int, rows: int, leaving: set[int]
 ) -> None:
-    machine = Machine(budget, 256, rows)
+    machine = Machine(budget, 256, rows, room)
     everyone = [sequence for _, sequence in arrivals]
     for _ in range(5000):
         for wait, sequence in [arrival for arrival in arrivals if arrival[0] == 0]:

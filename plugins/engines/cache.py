@@ -124,15 +124,18 @@ class Cache:
         return min(capacity, self.longest)
 
     def _place(self, capacity: int) -> Place | None:
-        while True:
-            slab = next((s for s in self.slabs if s.capacity == capacity and len(s.places) < s.rows), None)
-            slab = slab or self._allocate(capacity)
-            if slab is not None:
-                place = Place(slab, len(slab.places))
-                slab.places.append(place)
-                return place
-            if not self._forget_oldest_slab():
-                return None
+        while (place := self._take(capacity)) is None and self._forget_oldest_slab():
+            pass
+        return place
+
+    def _take(self, capacity: int) -> Place | None:
+        slab = next((s for s in self.slabs if s.capacity == capacity and len(s.places) < s.rows), None)
+        slab = slab or self._allocate(capacity)
+        if slab is None:
+            return None
+        place = Place(slab, len(slab.places))
+        slab.places.append(place)
+        return place
 
     def _allocate(self, capacity: int) -> Slab | None:
         """A new slab, as large as is sensible and fits; those that are empty make room for it."""
@@ -140,19 +143,22 @@ class Cache:
         first = min(FIRST, self.budget // PART)
         wanted = (self._block_slab if capacity == BLOCK else max(first, same)) // capacity
         empty = [slab for slab in self.slabs if not slab.places]
-        while empty and self.budget - self.allocated < capacity:
-            gone = empty.pop()
-            self.slabs.remove(gone)
-            self._store.release(gone.tables)
-        rows = min(max(wanted, 1), (self.budget - self.allocated) // capacity)
-        if rows < 1:
-            return None
-        try:
-            slab = Slab(capacity, rows, self._store.make(rows, capacity))
-        except MemoryError:  # others have taken what was free at the start
-            return None
-        self.slabs.append(slab)
-        return slab
+        while True:
+            rows = min(max(wanted, 1), (self.budget - self.allocated) // capacity)
+            if rows >= 1:
+                try:
+                    slab = Slab(capacity, rows, self._store.make(rows, capacity))
+                except MemoryError:  # others have taken what was free at the start
+                    wanted = rows // 2
+                else:
+                    self.slabs.append(slab)
+                    return slab
+            if rows <= 1:
+                if not empty:
+                    return None
+                gone = empty.pop()
+                self.slabs.remove(gone)
+                self._store.release(gone.tables)
 
     # Prefixes
 
@@ -201,7 +207,7 @@ class Cache:
         is_full = self.allocated + self._block_slab > self.budget - self.budget // 4
         if not free and is_full and not self._forget_oldest_slab(but=self._clock):
             return None
-        return self._place(BLOCK)
+        return self._take(BLOCK)
 
     def _known(self, adapter: str, tokens: Sequence[int]) -> Iterator[Prefix]:
         block = self._roots.get(adapter)

@@ -86,7 +86,7 @@ class Int8:
         self._packed = torch.ops.onednn.qlinear_prepack(integers, [PACKED_FOR, weight.shape[1]])
         self._scales, self._bias, self._dtype = scales.flatten(), bias, weight.dtype
         self._zeros = torch.zeros(len(scales), dtype=torch.int64)
-        # torch's kernel reads beyond the end of rows of other lengths.
+        # With other sizes torch's kernel may be wrong, or end the process: it was and did with rows of 8, 24 and 50 weights.
         is_fit = self._dtype == torch.bfloat16 and not any(size % 64 for size in weight.shape)
         self._whole = (integers, self._scales.to(self._dtype)) if is_fit and integers.numel() <= SMALL else None
 
