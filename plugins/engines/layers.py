@@ -147,18 +147,24 @@ Change = Update | Replacement
 
 
 class Turns:
-    """Whose tokens the coming step has: (adapter, which of the tokens; None: all). Without an adapter: nothing."""
+    """Whose tokens the coming step has: (adapter, which of the tokens; None: all). Without an adapter: nothing.
+
+    `wanted`: of those alone after which the next is to be known; the last layers are given no others.
+    """
 
     def __init__(self) -> None:
         self.tokens: list[tuple[str, torch.Tensor | None]] = []
-        self.at_head: list[tuple[str, torch.Tensor | None]] = []  # of the tokens that the head is given
+        self.wanted: list[tuple[str, torch.Tensor | None]] = []
 
 
 class Linear(torch.nn.Module):
-    """Linear layers that take the same input, side by side in one product: x [..., tokens, in] -> [..., tokens, out]."""
+    """Linear layers that take the same input, side by side in one product: x [..., tokens, in] -> [..., tokens, out].
+
+    `of_wanted`: it is given only the tokens after which the next is to be known.
+    """
 
     def __init__(
-        self, layers: Sequence[Any], turns: Turns, *, weights: Weights = "same", is_head: bool = False
+        self, layers: Sequence[Any], turns: Turns, *, weights: Weights = "same", of_wanted: bool = False
     ) -> None:
         super().__init__()
         matrices = [layer.weight.t() if isinstance(layer, Conv1D) else layer.weight for layer in layers]
@@ -170,7 +176,7 @@ class Linear(torch.nn.Module):
         known = torch.cat(scales) if len(scales) == len(layers) else None
         weight = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
         self._product = product(weight, self.bias, weights, known)
-        self._turns, self._is_head = turns, is_head
+        self._turns, self._of_wanted = turns, of_wanted
         self.hidden: Callable[..., torch.Tensor] | None = None  # x, to -> as `added`: what a compiler sees
 
     @property
@@ -182,16 +188,19 @@ class Linear(torch.nn.Module):
         if self.hidden is not None and torch.compiler.is_compiling():
             return self.hidden(x, None)
         result = self._product(x)
-        turns = self._turns.at_head if self._is_head else self._turns.tokens
+        turns = self._whose()
         return self._changed(x, result, turns) if turns and self.changes else result
 
     def added(self, x: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
         """`to` [..., tokens, out] plus the product."""
         if self.hidden is not None and torch.compiler.is_compiling():
             return self.hidden(x, to)
-        if self._turns.tokens and self.changes:
+        if self.changes and self._whose():
             return to + self.forward(x)
         return self._product.added(x, to)
+
+    def _whose(self) -> list[tuple[str, torch.Tensor | None]]:
+        return self._turns.wanted if self._of_wanted else self._turns.tokens
 
     def _changed(
         self, x: torch.Tensor, result: torch.Tensor, turns: list[tuple[str, torch.Tensor | None]]

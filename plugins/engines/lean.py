@@ -42,13 +42,14 @@ class Lean:
     def __init__(self, model: Any, turns: Turns, weights: Weights, norm: MakeNorm) -> None:
         self.layers: dict[str, tuple[Linear | Embedding, int]] = {}
         core = model.model
-        head = Linear([model.lm_head], turns, weights=weights, is_head=True)
+        head = Linear([model.lm_head], turns, weights=weights, of_wanted=True)
         self._head = self._known({"lm_head": 0}, head)
         self._embed = self._known({"model.embed_tokens": 0}, Embedding(core.embed_tokens, turns))
         self._rotary, self._norm = core.rotary_emb, norm(core.norm)
         self._blocks = []
         for number, layer in enumerate(core.layers):
-            self._blocks.append(_Block(layer, number, turns, weights, norm, self._known))
+            is_last = number == len(core.layers) - 1
+            self._blocks.append(_Block(layer, number, is_last, turns, weights, norm, self._known))
             core.layers[number] = torch.nn.Identity()  # its weights are in our layers now
 
     def __call__(self, step: "Step") -> torch.Tensor:
@@ -59,7 +60,7 @@ class Lean:
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         for block in self._blocks:
             hidden = block(hidden, cos, sin, step)
-        logits: torch.Tensor = self._head(self._norm(hidden[step.wanted]))
+        logits: torch.Tensor = self._head(self._norm(hidden))
         return logits
 
     def _known(self, names: dict[str, int], layer: L) -> L:
@@ -68,23 +69,34 @@ class Lean:
 
 
 class _Block:
-    """One layer: x [tokens, width] -> the same."""
+    """One layer: x [tokens, width] -> the same; of the last one, what the step wants to know: [wanted, width].
+
+    Of a prompt's other tokens nobody reads more there than the keys and values.
+    """
 
     def __init__(
-        self, layer: Any, number: int, turns: Turns, weights: Weights, norm: MakeNorm, known: Callable[..., Any]
+        self,
+        layer: Any,
+        number: int,
+        is_last: bool,
+        turns: Turns,
+        weights: Weights,
+        norm: MakeNorm,
+        known: Callable[..., Any],
     ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._number, self._width, self._scale = number, attention.head_dim, attention.scaling
+        self._is_last = is_last
         everywhere = getattr(attention.config, "sliding_window", None)
         self._window: int | None = getattr(attention, "sliding_window", everywhere)
 
-        def linear(part: str, *names: str) -> Linear:
+        def linear(part: str, *names: str, of_wanted: bool = is_last) -> Linear:
             module = getattr(layer, part)
-            made = Linear([getattr(module, name) for name in names], turns, weights=weights)
+            made = Linear([getattr(module, name) for name in names], turns, weights=weights, of_wanted=of_wanted)
             known({f"model.layers.{number}.{part}.{name}": at for at, name in enumerate(names)}, made)
             return made
 
-        self._qkv = linear("self_attn", "q_proj", "k_proj", "v_proj")
+        self._qkv = linear("self_attn", "q_proj", "k_proj", "v_proj", of_wanted=False)
         self._o = linear("self_attn", "o_proj")
         self._gate_up = linear("mlp", "gate_proj", "up_proj")
         self._down = linear("mlp", "down_proj")
@@ -102,8 +114,10 @@ class _Block:
             turned = torch.cat((self._q_norm(queries), self._k_norm(keys)), 1)
         turned = torch.addcmul(turned * cos, turned.roll(self._width // 2, -1), sin)
         query, key = turned[:, : self._heads], turned[:, self._heads :]
-        seen = step.attention(self._number, query, key, value, scale=self._scale, window=self._window)
-        x = self._o.added(seen.flatten(1), x)
+        seen = step.attention(self._number, query, key, value, scale=self._scale, window=self._window).flatten(1)
+        if self._is_last:
+            seen, x = seen[step.wanted], x[step.wanted]
+        x = self._o.added(seen, x)
         both = self._gate_up(self._after(x))
         gate, up = both.split(self._inner, -1)
         return self._down.added(functional.silu(gate, inplace=True) * up, x)

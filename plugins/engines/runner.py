@@ -438,7 +438,7 @@ def _take_over(model: Any, turns: Turns, weights: Weights) -> tuple[Forward, dic
     layers: dict[str, tuple[Linear | Embedding, int]] = {}
     for name, module in list(model.named_modules()):
         if type(module) in (torch.nn.Linear, Conv1D):
-            layers[name] = (Linear([module], turns, weights=weights, is_head=picks and module is head), 0)
+            layers[name] = (Linear([module], turns, weights=weights, of_wanted=picks and module is head), 0)
         elif type(module) is torch.nn.Embedding:
             layers[name] = (Embedding(module, turns), 0)
         else:
