@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import plugins
 from finetune.config import Data
+from plugins.cache_folder import cache_folder
 from plugins.data import DataProcessor, Source, processed
 from plugins.spec import UserError
 from plugins.template import Tokenizer
@@ -304,7 +305,7 @@ def _cache(data: Data, tokenizer: Tokenizer) -> Callable[[list[Placed]], Path] |
     begun = hashlib.sha256(
         repr((made_by, known.backend_tokenizer.to_str(), known.chat_template, known.special_tokens_map, code)).encode()
     )
-    folder = Path(os.environ.get("MANTA_CACHE") or Path.home() / ".cache" / "manta") / "tokens"
+    folder = cache_folder("tokens")
 
     def path(shard: list[Placed]) -> Path:
         whole = begun.copy()

@@ -21,8 +21,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models
 
-from plugins.engines import Torch, batching, layers, runner, scheduler
+from plugins.engines import Torch, batching, layers, native, runner, scheduler
 from plugins.engines.answer import Answer, Choice
+from plugins.engines.attention import TorchAttention
 from plugins.engines.cache import Cache
 from plugins.engines.compiled import Compiled
 from plugins.engines.text import TextStream, Voice
@@ -197,6 +198,7 @@ def architecture(name: str) -> Any:
     }[name]()
 
 
+@pytest.mark.parametrize("kernels", ["native", pytest.param("torch's", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name",
     [
@@ -211,7 +213,9 @@ def architecture(name: str) -> Any:
         "gemma3, norms of its own",
     ],
 )
-def test_other_architectures(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_architectures(tmp_path: Path, name: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels != "native":
+        monkeypatch.setattr(native, "load", lambda: None)
     monkeypatch.setattr(
         scheduler.Scheduler, "_chunk", lambda self, decoding: 12
     )  # the longest of the prompts comes in several pieces
@@ -222,6 +226,28 @@ def test_other_architectures(tmp_path: Path, name: str, monkeypatch: pytest.Monk
         assert [delta.text for delta in texts] == [generated(model, prompt) for prompt in PROMPTS[1:5]]
     finally:
         asyncio.run(engine.close())
+
+
+@pytest.mark.compiler
+def test_an_answer_is_the_same_to_the_bit_in_any_company_and_any_pieces(
+    base: Path, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log-probabilities in fp32 too: alone, in a batch, with its beginning cached, and its prompt read in pieces."""
+
+    async def whole(prompt: str, **changes: Any) -> Delta:
+        return Delta.joined([delta async for delta in engine.generate(request(prompt, logprobs=3, **changes))])
+
+    long = " ".join(PROMPTS)
+    asked = [lambda p=p: whole(p, prompt_logprobs=2) for p in (long, *PROMPTS[:3])]
+    alone = [run(engine, one)[0] for one in asked]
+    assert all(len(delta.logprobs) == 24 for delta in alone)
+    for chunk in (1, 5, 64):
+        monkeypatch.setattr(scheduler.Scheduler, "_chunk", lambda self, decoding, chunk=chunk: chunk)
+        together = run(engine, *asked, *(lambda p=p: whole(p, temperature=1.0) for p in PROMPTS))
+        assert together[: len(asked)] == alone
+    hits = engine._batcher._scheduler.cache.hits
+    assert run(engine, lambda: whole(long))[0].logprobs == alone[0].logprobs
+    assert engine._batcher._scheduler.cache.hits > hits
 
 
 @pytest.mark.parametrize("name", ["bloom", "mamba"])
@@ -921,7 +947,8 @@ def test_a_forward_that_asks_what_its_tensors_hold_is_not_compiled() -> None:
     def curious(ids: torch.Tensor, *_: Any) -> torch.Tensor:
         return ids if ids.sum() > 3 else -ids
 
-    step = runner.Step(torch.arange(3), torch.arange(3), runner.Attention((), ()), torch.arange(2))
+    attention = TorchAttention((), (), torch.device("cpu"))
+    step = runner.Step(torch.arange(3), torch.arange(3), attention, torch.arange(2))
     with pytest.raises(UserError, match=r"^Torch.compile = True: this model cannot be compiled: [^\n]+$"):
         Compiled(curious, (), torch.device("cpu")).warm_up([step])
 

@@ -20,7 +20,8 @@ from plugins.pretrained import first_line
 from plugins.spec import UserError
 
 if TYPE_CHECKING:
-    from plugins.engines.runner import Attention, Step
+    from plugins.engines.attention import Attention
+    from plugins.engines.runner import Step
 
 SIZES = ((3, 2), (3, 1), (1, 1))  # tokens, logits: what has a size of 1 is compiled by itself
 NUMBERS = itertools.count()  # of the models of this process: torch knows operators by name

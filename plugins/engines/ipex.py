@@ -4,8 +4,8 @@ Upstream is archived since March 2026, and says that security issues stay. OpenV
 processors; Torch has the same answers without an environment of its own.
 
 Keys and values lie in pages, which IPEX's attention reads through a table: with the write into them it takes less than half
-of the time of the torch engine's. The norms are IPEX's too, and so are products of weights in few bits. Products of bf16
-are the torch engine's, oneDNN's with packed weights: IPEX's own (`ipex.optimize`, TPP) gained nothing, or a tenth at 8 rows.
+of the time of torch's operators. Products of weights in few bits are IPEX's too; those of bf16 are the torch engine's,
+oneDNN's with packed weights: IPEX's own (`ipex.optimize`, TPP) gained nothing, or a tenth at 8 rows.
 `ipex.llm.optimize` is not used: it makes a model's forward one with a cache of its own, in which requests cannot come and
 go, knows few architectures, and wants a transformers that reads newer models wrongly. In process, on two cores, this engine
 made about 0.9, 1.2 and 1.1 times its `generate`'s tokens a second, with 1, 8 and 32 sequences.
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from plugins.engines import Ipex, quantized_files, runner
+from plugins.engines import Ipex, attention, quantized_files, runner
 from plugins.engines.batched import BatchedEngine
 from plugins.engines.batching import Computer
 from plugins.engines.cache import BLOCK
@@ -119,9 +119,6 @@ class Runner(runner.Runner):
         self.tables = tables = Tables(self._kinds, self.dtype, count)
         return tables
 
-    def _norm(self, layer: Any) -> "Norm":
-        return Norm(self._kernels, layer)
-
     def _tables(self, shapes: Several[tuple[int, int, int]]) -> Tables:
         if odd := next((shape for shape in shapes if shape[1] != shape[2]), None):
             raise ValueError(f"its keys have {odd[1]} numbers and its values {odd[2]}")
@@ -151,7 +148,7 @@ class Seen:
         return cls(torch.from_numpy(table), torch.tensor(lengths, dtype=torch.int32), longest)
 
 
-class Attention(runner.Attention):
+class Attention(attention.Attention):
     """The attention of one step, by IPEX."""
 
     def __init__(
@@ -210,17 +207,6 @@ class Attention(runner.Attention):
                 result[ends:], query[ends:], keys, values, self._begins, self._seen_begins, self._most,
                 seen.longest, scale, True, seen.pages, None, before, -1, "auto", 1.0, 1.0, cap,
             )  # fmt: skip
-        return result
-
-
-class Norm:
-    """RMSNorm, computed in fp32."""
-
-    def __init__(self, kernels: Any, layer: Any) -> None:
-        self._kernels, self._weight, self._eps = kernels, layer.weight.data, layer.variance_epsilon
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self._kernels.rmsnorm(x, self._weight, self._eps)
         return result
 
 

@@ -12,7 +12,10 @@ import torch
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from plugins import hardware
+from plugins.engines import native
 from plugins.engines.integers import in_integers, scales_of, whole
+from plugins.engines.native import Native
 
 PACKED_FOR = 32  # rows that the order of packed weights is best for
 FEW = 4  # rows, for which 8-bit products of small matrices have a way of their own
@@ -111,16 +114,57 @@ class Int8:
         return whole(self._packed.to_dense().t(), self._scales[:, None]).to(self._dtype)
 
 
+class Panels:
+    """native.cpp's, in fp32. Weights that bf16 can hold are kept so, which is exact and half as much to read.
+
+    `scales`: what makes integers of them, where they are to be kept in 8 bits.
+    """
+
+    def __init__(
+        self, native: Native, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None
+    ) -> None:
+        self._native, self._dtype, self._outputs = native, weight.dtype, len(weight)
+        if scales is not None:
+            kept = in_integers(weight, scales, "int8")
+        else:
+            kept = weight.bfloat16()
+            kept = kept if torch.equal(kept.to(weight.dtype), weight) else weight
+        self._panels = native.panels(kept)
+        self._scales = None if scales is None else scales.flatten().float()
+        self._bias = None if bias is None else bias.float()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._product(x, None)
+
+    def added(self, x: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        return self._product(x, to)
+
+    def _product(self, x: torch.Tensor, to: torch.Tensor | None) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1]).float().contiguous()
+        to = None if to is None else to.reshape(len(flat), -1).float().contiguous()
+        made = self._native.product(flat, self._panels, self._outputs, scales=self._scales, bias=self._bias, to=to)
+        return made.to(self._dtype).view(*x.shape[:-1], -1)
+
+    def weight(self) -> torch.Tensor:
+        kept = self._panels.transpose(1, 2).flatten(0, 1)[: self._outputs]
+        return kept.to(self._dtype) if self._scales is None else whole(kept, self._scales[:, None]).to(self._dtype)
+
+
 def product(
     weight: torch.Tensor, bias: torch.Tensor | None, weights: Weights, scales: torch.Tensor | None = None
 ) -> Product:
     """`scales`: those with which `weight` was once made of integers, where it was."""
     if callable(weights):
         return weights(weight, bias, scales)
+    on_cpu = weight.device.type == "cpu"
+    in_bf16 = weight.dtype == torch.bfloat16 and hardware.has_bf16(weight.device)
+    if on_cpu and not in_bf16 and (own := native.load()):
+        return Panels(
+            own, weight, bias, (scales_of(weight, "int8") if scales is None else scales) if weights == "int8" else None
+        )
     if weights == "int8":
         return Int8(weight, bias, scales)
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    return Packed(weight, bias) if on_cpu and torch.backends.mkldnn.is_available() else Plain(weight, bias)
+    return Packed(weight, bias) if on_cpu and in_bf16 and torch.backends.mkldnn.is_available() else Plain(weight, bias)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The numbers are those of transformers' modules, which are asked (runner.py) whet
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch.nn import functional
@@ -15,46 +15,45 @@ if TYPE_CHECKING:
     from plugins.engines.runner import Step
 
 L = TypeVar("L", Linear, Embedding)
-MakeNorm = Callable[[Any], Callable[[torch.Tensor], torch.Tensor]]  # of a layer of the model
 
 FEW = 32  # tokens: with more, what operators cost by themselves is little
 ALIKE = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
 
 def take_over(
-    model: Any, turns: Turns, weights: Weights, norm: MakeNorm
+    model: Any, turns: Turns, weights: Weights, between: "Between"
 ) -> tuple[Callable[["Step"], torch.Tensor], dict[str, tuple[Linear | Embedding, int]]] | None:
     """The forward of `model`, whose own layers are used up, and ours by their names; None where it is of another kind.
 
-    `norm` makes what computes a layer's RMSNorm (arXiv 1910.07467) over the last dimension.
+    `between` computes what lies between its products.
     """
     if type(model).__name__ not in ALIKE or not type(model).__module__.startswith("transformers."):
         return None
     if model.config.hidden_act != "silu":
         return None
-    made = Lean(model, turns, weights, norm)
+    made = Lean(model, turns, weights, between)
     return made, made.layers
 
 
 class Lean:
     """Step -> logits [wanted, vocab]."""
 
-    def __init__(self, model: Any, turns: Turns, weights: Weights, norm: MakeNorm) -> None:
+    def __init__(self, model: Any, turns: Turns, weights: Weights, between: "Between") -> None:
         self.layers: dict[str, tuple[Linear | Embedding, int]] = {}
         core = model.model
         head = Linear([model.lm_head], turns, weights=weights, of_wanted=True)
         self._head = self._known({"lm_head": 0}, head)
         self._embed = self._known({"model.embed_tokens": 0}, Embedding(core.embed_tokens, turns))
-        self._rotary, self._norm = core.rotary_emb, norm(core.norm)
+        self._rotary, self._norm = core.rotary_emb, _Norm(core.norm, between)
         self._blocks = []
         for number, layer in enumerate(core.layers):
             is_last = number == len(core.layers) - 1
-            self._blocks.append(_Block(layer, number, is_last, turns, weights, norm, self._known))
+            self._blocks.append(_Block(layer, number, is_last, turns, weights, between, self._known))
             core.layers[number] = torch.nn.Identity()  # its weights are in our layers now
 
     def __call__(self, step: "Step") -> torch.Tensor:
         hidden: torch.Tensor = self._embed(step.ids)
-        cos, sin = (part[0][:, None] for part in self._rotary(hidden, step.positions[None]))
+        cos, sin = (part[0] for part in self._rotary(hidden, step.positions[None]))
         # To turn a vector by half its length and to change the sign of the first half is what rotates it.
         half = sin.shape[-1] // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
@@ -81,10 +80,10 @@ class _Block:
         is_last: bool,
         turns: Turns,
         weights: Weights,
-        norm: MakeNorm,
+        between: "Between",
         known: Callable[..., Any],
     ) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         self._number, self._width, self._scale = number, attention.head_dim, attention.scaling
         self._is_last = is_last
         everywhere = getattr(attention.config, "sliding_window", None)
@@ -100,11 +99,14 @@ class _Block:
         self._o = linear("self_attn", "o_proj")
         self._gate_up = linear("mlp", "gate_proj", "up_proj")
         self._down = linear("mlp", "down_proj")
-        self._before, self._after = norm(layer.input_layernorm), norm(layer.post_attention_layernorm)
-        self._q_norm = norm(attention.q_norm) if hasattr(attention, "q_norm") else None
-        self._k_norm = norm(attention.k_norm) if hasattr(attention, "k_norm") else None
+        self._between = between
+        self._before, self._after = (
+            _Norm(layer.input_layernorm, between),
+            _Norm(layer.post_attention_layernorm, between),
+        )
+        self._q_norm = _Norm(attention.q_norm, between) if hasattr(attention, "q_norm") else None
+        self._k_norm = _Norm(attention.k_norm, between) if hasattr(attention, "k_norm") else None
         self._heads, self._kv_heads, _ = (outputs // self._width for outputs in self._qkv.outputs)
-        self._inner = mlp.gate_proj.weight.shape[0]
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: "Step") -> torch.Tensor:
         heads = self._qkv(self._before(x)).view(len(x), -1, self._width)
@@ -112,28 +114,57 @@ class _Block:
         if self._q_norm is not None and self._k_norm is not None:
             queries, keys = turned.split((self._heads, self._kv_heads), 1)
             turned = torch.cat((self._q_norm(queries), self._k_norm(keys)), 1)
-        turned = torch.addcmul(turned * cos, turned.roll(self._width // 2, -1), sin)
+        turned = self._between.rotate(turned, cos, sin)
         query, key = turned[:, : self._heads], turned[:, self._heads :]
         seen = step.attention(self._number, query, key, value, scale=self._scale, window=self._window).flatten(1)
         if self._is_last:
             seen, x = seen[step.wanted], x[step.wanted]
         x = self._o.added(seen, x)
-        both = self._gate_up(self._after(x))
-        gate, up = both.split(self._inner, -1)
-        return self._down.added(functional.silu(gate, inplace=True) * up, x)
+        return self._down.added(self._between.gate(self._gate_up(self._after(x))), x)
 
 
-class Norm:
-    """torch's, computed in fp32."""
+class _Norm:
+    """RMSNorm (arXiv 1910.07467) over the last dimension, of one of the model's layers."""
 
-    def __init__(self, layer: Any) -> None:
-        self._weight, self._eps = layer.weight.data, layer.variance_epsilon
-        self._width = len(self._weight)
-        self._twice = self._weight.repeat(2)
+    def __init__(self, layer: Any, between: "Between") -> None:
+        self._weight, self._eps, self._norm = layer.weight.data, layer.variance_epsilon, between.norm
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._norm(x, self._weight, self._eps)
+
+
+class Between(Protocol):
+    """What lies between the products, computed in fp32 or as if it were."""
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """RMSNorm of x [tokens, width] or [tokens, heads, width]."""
+        ...
+
+    def rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+        """x [tokens, heads, width], which is of no use afterwards, turned; `cosines` and `sines` [tokens, width].
+
+        The first half of the sines has the other sign: x times cosines, and x turned by half its length times sines.
+        """
+        ...
+
+    def gate(self, both: torch.Tensor) -> torch.Tensor:
+        """[tokens, 2 n] -> [tokens, n]: SiLU of the first half times the second."""
+        ...
+
+
+class Torch(Between):
+    """By torch's operators."""
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         if torch.compiler.is_compiling() or x.device.type != "cpu" or len(x) > FEW:
-            return functional.rms_norm(x, (self._width,), self._weight, self._eps)
+            return functional.rms_norm(x, weight.shape, weight, eps)
         # There torch makes it of eight operators. x beside -x has the mean 0, so that its LayerNorm is the RMSNorm of x.
-        both = torch.cat((x, -x), -1)
-        return functional.layer_norm(both, (2 * self._width,), self._twice, None, self._eps)[..., : self._width]
+        both, twice = torch.cat((x, -x), -1), torch.cat((weight, weight))
+        return functional.layer_norm(both, twice.shape, twice, None, eps)[..., : len(weight)]
+
+    def rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(x * cosines[:, None], x.roll(x.shape[-1] // 2, -1), sines[:, None])
+
+    def gate(self, both: torch.Tensor) -> torch.Tensor:
+        gate, up = both.chunk(2, -1)
+        return functional.silu(gate, inplace=True) * up

@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from plugins.cache_folder import cache_folder
 from plugins.engines import OpenVino
 from plugins.environments import Environment
 from plugins.model_files import copy_beside, is_openvino, quantization
@@ -38,7 +38,7 @@ def exported(source: ModelSource, weights: str, adapter: Path | None = None) -> 
     if is_openvino(model):
         _check_as_it_is(model, weights, adapter)
         return model
-    folder = _cache() / _key(model, weights, adapter)
+    folder = cache_folder("openvino") / _key(model, weights, adapter)
     if folder.is_dir():
         return folder
     python = _python(f"{source.path!r}")
@@ -66,7 +66,7 @@ def check_export(source: ModelSource, weights: str, field: str) -> None:
     except UserError:
         model = directory_of(source)
         # The key last: it takes reading all of the model.
-        if not is_openvino(model) and not (_cache() / _key(model, weights)).is_dir():
+        if not is_openvino(model) and not (cache_folder("openvino") / _key(model, weights)).is_dir():
             raise
 
 
@@ -88,11 +88,6 @@ def _check_as_it_is(model: Path, weights: str, adapter: Path | None) -> None:
             f"{model} is in OpenVINO's format already, and takes no adapter: serve the model that it was made of, "
             f"or what manta quantize makes of {adapter.parent}"
         )
-
-
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MANTA_CACHE") or Path(home) / "manta") / "openvino"
 
 
 def _files(model: Path) -> list[Path]:

@@ -5,23 +5,18 @@ attention that reads and writes our cache; for the usual architectures lean.py d
 """
 
 import inspect
-import itertools
-import math
-import mmap
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
-from plugins import hardware
-from plugins.engines import lean
+from plugins.engines import lean, native
 from plugins.engines.adapters import NONE, Adapters
-from plugins.engines.cache import Cache, Place, Slab
+from plugins.engines.attention import Attention, NativeAttention, Tables, TorchAttention
+from plugins.engines.cache import Cache
 from plugins.engines.compiled import SIZES, Compiled
 from plugins.engines.layers import Embedding, Linear, Turns, Weights
 from plugins.engines.scheduler import Piece, Running, is_scored
@@ -29,209 +24,6 @@ from plugins.pretrained import first_line
 from plugins.spec import UserError
 
 OURS = "manta_serve"  # what transformers calls our attention
-SMALL = 256  # keys of all sequences: below it, one call costs less than several
-QUERIES = 64  # of a prompt at a time: their scores stay in a core's cache
-
-
-class Table(NamedTuple):
-    """The keys and values of a slab."""
-
-    wholes: list[
-        torch.Tensor
-    ]  # [tables, rows, KV heads, capacity, width]: for each KV heads and width, all that have them
-    layers: list[
-        tuple[torch.Tensor, torch.Tensor]
-    ]  # each layer's keys and values, which are parts of those: [rows, ...]
-
-
-class Tables:
-    """A Store of keys and values, for layers of `shapes`: (KV heads, width of a key, width of a value)."""
-
-    def __init__(self, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, device: torch.device) -> None:
-        self._shapes, self._dtype, self._device = shapes, dtype, device
-        self.token_bytes = sum(heads * (key + value) for heads, key, value in shapes) * dtype.itemsize
-
-    def make(self, rows: int, capacity: int) -> Table:
-        """Of zeros, since a NaN that is hidden would still be one."""
-        try:
-            return self._made(rows, capacity)
-        except (RuntimeError, OSError) as error:
-            if hardware.is_out_of_memory(error):
-                raise MemoryError(str(error)) from error
-            raise
-
-    def _made(self, rows: int, capacity: int) -> Table:
-        kinds = [(heads, width) for heads, *widths in self._shapes for width in widths]
-        # Those of one shape lie in one tensor: a row is then copied by one operator, not by two for each layer.
-        wholes = {
-            (heads, width): self._zeros(count, rows, heads, capacity, width)
-            for (heads, width), count in Counter(kinds).items()
-        }
-        unused = {kind: iter(whole) for kind, whole in wholes.items()}
-        tables = [next(unused[kind]) for kind in kinds]
-        return Table(list(wholes.values()), list(zip(tables[::2], tables[1::2], strict=True)))
-
-    def release(self, tables: Table) -> None:
-        """Nobody has them any more: torch frees them by itself."""
-
-    def copy(self, source: Place, at: int, target: Place, to: int, tokens: int) -> None:
-        for old, new in zip(source.slab.tables.wholes, target.slab.tables.wholes, strict=True):
-            new[:, target.row, :, to : to + tokens] = old[:, source.row, :, at : at + tokens]
-
-    def _zeros(self, *shape: int) -> torch.Tensor:
-        if self._device.type != "cpu":
-            return torch.zeros(shape, dtype=self._dtype, device=self._device)
-        # Memory that the kernel zeroes where it is first touched: all at once would hold up everyone for some steps.
-        memory = mmap.mmap(-1, math.prod(shape) * self._dtype.itemsize, flags=mmap.MAP_PRIVATE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # on Linux; without, each 4 KiB is a fault of its own
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=self._dtype).view(shape)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Sequences of one slab that compute one token each: tokens `first:last` of the step, in the order of their rows."""
-
-    slab: Slab
-    first: int
-    last: int
-    rows: torch.Tensor  # [sequences]
-    positions: torch.Tensor  # [sequences]: where the token comes
-    top: int  # rows of the slab that are read
-    masks: dict[int | None, torch.Tensor | None]
-
-    @property
-    def is_dense(self) -> bool:
-        return self.top == self.last - self.first
-
-    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """[rows, 1, 1, keys], to be added to the scores; None where every key is seen."""
-        if window not in self.masks:
-            keys, here = torch.arange(self.slab.capacity, device=self.rows.device), self.positions[:, None]
-            hidden = keys > here
-            if window is not None:
-                hidden |= keys <= here - window
-            mask = None
-            if bool(hidden.any()):
-                mask = torch.zeros(self.top, self.slab.capacity, dtype=dtype, device=hidden.device)
-                mask[self.rows] = mask[self.rows].masked_fill_(hidden, torch.finfo(dtype).min)
-                mask = mask[:, None, None]
-            self.masks[window] = mask
-        return self.masks[window]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A piece of a prompt: tokens `first:last` of the step, the sequence's from `start` on."""
-
-    place: Place
-    first: int
-    last: int
-    start: int
-    masks: dict[tuple[int, int | None], torch.Tensor]
-
-    def keys(self, at: int, till: int, window: int | None) -> slice:
-        """The keys that tokens `at:till` of the piece may see."""
-        return slice(0 if window is None else max(0, self.start + at - window + 1), self.start + till)
-
-    def mask(self, at: int, till: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-        """[tokens, keys] for tokens `at:till`, to be added to the scores; the same in every layer, so made once."""
-        if (at, window) not in self.masks:
-            seen = self.keys(at, till, window)
-            here = torch.arange(self.start + at, self.start + till, device=like.device)[:, None]
-            there = torch.arange(seen.start, seen.stop, device=like.device)
-            hidden = there > here
-            if window is not None:
-                hidden |= there <= here - window
-            mask = like.new_zeros(hidden.shape).masked_fill_(hidden, torch.finfo(like.dtype).min)
-            self.masks[at, window] = mask
-        return self.masks[at, window]
-
-
-class Rule(NamedTuple):
-    """How a layer attends: the scale of its scores, how many tokens it sees, and what softly bounds the scores."""
-
-    scale: float
-    window: int | None
-    softcap: float | None
-
-
-class Attention:
-    """The attention of one step: it writes the step's keys and values into the cache, and reads what each token may see."""
-
-    def __init__(self, decoding: Sequence[Decoding], reading: Sequence[Reading]) -> None:
-        self._decoding, self._reading = decoding, reading
-
-    def __call__(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-    ) -> torch.Tensor:
-        """query [tokens, heads, d], key [tokens, KV heads, d], value [tokens, KV heads, e] -> [tokens, heads, e]."""
-        rule = Rule(scale, window, softcap)
-        query = query.unflatten(1, (key.shape[1], -1))
-        results = [self._decode(part, layer, query, key, value, rule) for part in self._decoding]
-        results += [self._read(part, layer, query, key, value, rule) for part in self._reading]
-        result = torch.cat(results) if len(results) > 1 else results[0]
-        return result.flatten(1, 2)
-
-    def _decode(
-        self, part: Decoding, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule
-    ) -> torch.Tensor:
-        keys, values = part.slab.tables.layers[layer]
-        mine = slice(part.first, part.last)
-        keys[part.rows, :, part.positions] = key[mine]
-        values[part.rows, :, part.positions] = value[mine]
-        queries = query[mine]
-        if not part.is_dense:  # rows between, whose prompts are being read
-            spread = queries.new_zeros(part.top, *queries.shape[1:])
-            spread[part.rows] = queries
-            queries = spread
-        # Whole rows: what has gaps, torch would copy before it multiplies.
-        result = _attend(queries, keys[: part.top], values[: part.top], part.mask(rule.window, query.dtype), rule)
-        return result if part.is_dense else result[part.rows]
-
-    def _read(
-        self, part: Reading, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule
-    ) -> torch.Tensor:
-        keys, values = (table[part.place.row] for table in part.place.slab.tables.layers[layer])
-        mine, count = slice(part.first, part.last), part.last - part.first
-        keys[:, part.start : part.start + count] = key[mine].transpose(0, 1)
-        values[:, part.start : part.start + count] = value[mine].transpose(0, 1)
-        queries = query[mine].permute(1, 2, 0, 3)  # [KV heads, group, tokens, d]
-        group = queries.shape[1]
-        result = value.new_empty(count, *query.shape[1:3], value.shape[-1])
-        for at in range(0, count, QUERIES):
-            till = min(at + QUERIES, count)
-            seen, mask = part.keys(at, till, rule.window), part.mask(at, till, rule.window, query)
-            block = queries[:, :, at:till].flatten(1, 2)[None]
-            made = _attend(block, keys[None, :, seen], values[None, :, seen], mask.repeat(group, 1), rule)
-            result[at:till] = made[0].unflatten(1, (group, till - at)).permute(2, 0, 1, 3)
-        return result
-
-
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rule: Rule
-) -> torch.Tensor:
-    """[sequences, KV heads, queries, e] of queries [.., queries, d], keys [.., keys, d] and values [.., keys, e]."""
-    small = query.shape[0] * key.shape[2] <= SMALL and query.shape[2] < QUERIES
-    if rule.softcap is None and (small or query.device.type != "cpu"):
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=rule.scale)
-    # On a CPU torch's own takes twice as long as the products that it is made of.
-    shape = query.shape[:2]
-    scores = torch.bmm((query * rule.scale).flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).unflatten(0, shape)
-    if rule.softcap is not None:
-        scores = torch.tanh(scores / rule.softcap) * rule.softcap
-    if mask is not None:
-        scores += mask
-    result: torch.Tensor = torch.bmm(scores.softmax(-1).flatten(0, 1), value.flatten(0, 1)).unflatten(0, shape)
-    return result
 
 
 @dataclass(frozen=True)
@@ -259,13 +51,15 @@ class Runner:
         `compiled`: what lies between them is compiled, which takes from some seconds to minutes.
         """
         self.device, self.dtype = model.device, model.dtype
+        self._native = native.load() if self.device.type == "cpu" else None
         refusal = f"the {self.spec.lower()} engine cannot serve {type(model).__name__}"
         try:
             alone = [_alone(model, ids) for ids in PROBES]
             turns = Turns()
-            self._forward, layers = lean.take_over(model, turns, weights, self._norm) or _take_over(
-                model, turns, weights
-            )
+            between = (
+                lean.Torch() if compiled or self._native is None else self._native
+            )  # a compiler sees through torch's
+            self._forward, layers = lean.take_over(model, turns, weights, between) or _take_over(model, turns, weights)
             self.adapters = Adapters(layers, turns, self.dtype)
             self.tables = self._tables(self._shapes())
             if compiled:
@@ -320,34 +114,13 @@ class Runner:
         )
         return self._forward(step)[: len(wanted)], rows
 
-    def _norm(self, layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lean.Norm(layer)
-
     def _tables(self, shapes: Sequence[tuple[int, int, int]]) -> Any:
         return Tables(shapes, self.dtype, self.device)
 
     def _attention(self, decoding: Sequence[Piece[Any]], reading: Sequence[Piece[Any]]) -> Attention:
-        parts, first = [], 0
-        for _, group in itertools.groupby(decoding, key=lambda piece: piece.running.place.slab):
-            places = [piece.running.place for piece in group]
-            parts.append(
-                Decoding(
-                    slab=places[0].slab,
-                    first=first,
-                    last=first + len(places),
-                    rows=torch.tensor([place.row for place in places], device=self.device),
-                    positions=torch.tensor([place.length for place in places], device=self.device),
-                    top=places[-1].row + 1,
-                    masks={},
-                )
-            )
-            first += len(places)
-        readings = []
-        for piece in reading:
-            place = piece.running.place
-            readings.append(Reading(place, first, first + piece.count, place.length, {}))
-            first += piece.count
-        return Attention(parts, readings)
+        if self._native is not None:
+            return NativeAttention(self._native, [*decoding, *reading])
+        return TorchAttention(decoding, reading, self.device)
 
     def _tell_adapters(self, pieces: Sequence[Piece[Any]], wanted: Sequence[int]) -> None:
         if all(piece.running.sequence.adapter == NONE for piece in pieces):
@@ -414,7 +187,6 @@ class _Recorder(Attention):
     """Sees what is asked of an attention; its answers are zeros."""
 
     def __init__(self) -> None:
-        super().__init__((), ())
         self.shapes: dict[int, tuple[int, int, int]] = {}
         self.windows: set[int | None] = set()
 

@@ -1,6 +1,6 @@
 """An engine of ours driven directly, without Ray and HTTP: beside its serving it tells what the platform costs.
 
-    python -m scripts.bench.in_process MODEL PLAN --engine Torch --threads 2
+    python -m scripts.bench.in_process MODEL PLAN --engine Torch --threads 2 --dtype bf16
 
 PLAN is a JSON file with the loads of load.plan. Prints a line of JSON last: the answers of each load, and the peak RSS.
 """
@@ -25,9 +25,10 @@ def main() -> None:
     parser.add_argument("plan", type=Path)
     parser.add_argument("--engine", default="Torch")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     options = parser.parse_args()
     loads = [load.Load(**one) for one in json.loads(options.plan.read_text())]
-    source = ModelSource(str(options.model), dtype="bf16")
+    source = ModelSource(str(options.model), dtype=options.dtype)
     engine = getattr(engines, options.engine)(max_batch=load.MIXED_CLIENTS).start(source, cpus=options.threads)
     answers = asyncio.run(drive(engine, loads))
     print(json.dumps({"answers": answers, "peak_rss_mib": peak_rss_mib()}))

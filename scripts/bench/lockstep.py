@@ -1,7 +1,7 @@
 """A peer that takes a batch of prompts and gives it back when all of them are answered, driven through the same loads.
 
-Each contender of this kind is a script, run in an environment of its own with MODEL, PLAN (see in_process.py) and --threads;
-it hands `drive` what generates.
+Each contender of this kind is a script, run in an environment of its own with MODEL, PLAN (see in_process.py), --threads and
+--dtype; it hands `drive` what generates.
 """
 
 import argparse
@@ -23,6 +23,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("plan", type=Path)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""IPEX's own way, in process: `ipex.llm.optimize` in bf16, and the model's `generate`."""
+"""IPEX's own way, in process: `ipex.llm.optimize`, and the model's `generate`."""
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -11,14 +11,15 @@ def main() -> None:
 
     options = lockstep.arguments()
     torch.set_num_threads(options.threads)
-    model = AutoModelForCausalLM.from_pretrained(options.model, torch_dtype=torch.bfloat16).eval()
-    model = ipex.llm.optimize(model, dtype=torch.bfloat16, inplace=True, deployment_mode=True)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    model = AutoModelForCausalLM.from_pretrained(options.model, torch_dtype=dtype).eval()
+    model = ipex.llm.optimize(model, dtype=dtype, inplace=True, deployment_mode=True)
 
     @torch.inference_mode()
     def generate(prompts: list[list[int]]) -> None:
         ids = torch.tensor(prompts)
         length = load.NEW_TOKENS
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             found = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

@@ -12,7 +12,8 @@ def main() -> None:
     room = openvino_genai.SchedulerConfig()
     room.max_num_seqs = load.MIXED_CLIENTS
     room.num_kv_blocks = 512  # of 32 tokens: all that 64 clients ask for
-    settings = {"INFERENCE_NUM_THREADS": options.threads}
+    precision = {"bf16": "bf16", "fp32": "f32"}[options.dtype]
+    settings = {"INFERENCE_NUM_THREADS": options.threads, "INFERENCE_PRECISION_HINT": precision}
     pipeline = openvino_genai.ContinuousBatchingPipeline(str(options.model), room, "CPU", settings)
     wanted = openvino_genai.GenerationConfig(max_new_tokens=load.NEW_TOKENS, ignore_eos=True)
 

@@ -1,10 +1,11 @@
 """Serves the same model with every contender in turn, asks the same of each, and prints what each reaches.
 
-    scripts/bench/serve [--rounds 3] [--clients 1,8,32] [--requests 3] [--mixed] [--only NAME,...] [--json FILE] [--readme]
+    scripts/bench/serve [--rounds 3] [--clients 1,8,32] [--requests 3] [--mixed] [--dtype fp32] [--only NAME,...]
+        [--json FILE] [--readme]
 
-A prompt has 64 tokens, an answer 64, greedy, in bf16, streamed over HTTP. Every contender is started anew for every round,
-is asked once by each client before anything is timed, and has the machine to itself but for the clients. They take turns
-(A B C, A B C, ...); what is shown is the median over the rounds. Only the ratios mean something on another machine.
+A prompt has 64 tokens, an answer 64, greedy, in --dtype, streamed over HTTP. Every contender is started anew for every
+round, is asked once by each client before anything is timed, and has the machine to itself but for the clients. They take
+turns (A B C, A B C, ...); what is shown is the median over the rounds. Only the ratios mean something on another machine.
 
 Our engines have their own names; NAME-in-process is one of them without Ray and HTTP. vllm-server and transformers-serve are
 the peers' servers; openvino-genai and ipex-generate the libraries beneath two of our engines, in process, a whole batch at a
@@ -62,7 +63,7 @@ def main() -> int:
     measured: dict[str, list[Result]] = {name: [] for name in options.only}
     for round_ in range(1, options.rounds + 1):
         for name in options.only:
-            result = measure(name, model, loads, options.threads, environment)
+            result = measure(name, model, loads, options, environment)
             measured[name].append(result)
             speeds = [f"{figures['tokens_per_s']:.0f} ({one})" for one, figures in result["loads"].items()]
             print(f"round {round_}/{options.rounds}  {name:<20} tokens/s: {', '.join(speeds)}", file=sys.stderr)
@@ -70,7 +71,7 @@ def main() -> int:
     ratios = compare(medians)
     print(table(medians, ratios))
     if options.json:
-        about = {"machine": machine(options.threads), "requests": options.requests}
+        about = {"machine": machine(options.threads), "dtype": options.dtype, "requests": options.requests}
         everything = about | {"rounds": measured, "medians": medians, "ratios": ratios}
         options.json.write_text(json.dumps(everything, indent=2) + "\n")
     if options.readme:
@@ -87,6 +88,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--mixed", action="store_true", help="also 64 clients with prompts of 16 to 1500 tokens")
     parser.add_argument("--threads", type=_positive, default=2)
+    parser.add_argument("--dtype", choices=tuple(servers.LONG), default="bf16", help="fp32 for CPUs that have no bf16")
     parser.add_argument("--only", type=_names, default=list(CONTENDERS), help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--json", type=_file, help="write everything here too")
     parser.add_argument("--readme", action="store_true", help="write the table and the plot of README.md")
@@ -116,15 +118,17 @@ def _file(text: str) -> Path:
     return Path(text)
 
 
-def measure(name: str, model: Path, loads: Sequence[load.Load], threads: int, environment: Mapping[str, str]) -> Result:
+def measure(
+    name: str, model: Path, loads: Sequence[load.Load], options: argparse.Namespace, environment: Mapping[str, str]
+) -> Result:
     """The figures of each load, and `peak_rss_mib`. Exits where an answer is not what was asked for."""
     files = (PLACE / "servers" / name).absolute()
     files.mkdir(parents=True, exist_ok=True)
     try:
         if name in servers.SERVERS:
-            answers, peak = over_http(servers.SERVERS[name], model, loads, threads, files, environment)
+            answers, peak = over_http(servers.SERVERS[name], model, loads, options, files, environment)
         else:
-            answers, peak = in_process(name, model, loads, threads, files, environment)
+            answers, peak = in_process(name, model, loads, options, files, environment)
     except (ValueError, ExceptionGroup) as error:  # ExceptionGroup: of the connections, when a server died
         sys.exit(f"bench: {name}: {error}; its log is {files / 'log'}")
     for one, given in answers.items():
@@ -140,11 +144,11 @@ def over_http(
     server: servers.Server,
     model: Path,
     loads: Sequence[load.Load],
-    threads: int,
+    options: argparse.Namespace,
     files: Path,
     environment: Mapping[str, str],
 ) -> tuple[Answers, float]:
-    with servers.running(server, model, threads, files, environment) as client:
+    with servers.running(server, model, options.threads, files, options.dtype, environment) as client:
         recordings = asyncio.run(drive(client, loads))
         peak = servers.peak_rss_mib()
     return {one: [load.read(recording) for recording in given] for one, given in recordings.items()}, peak
@@ -163,7 +167,7 @@ def in_process(
     name: str,
     model: Path,
     loads: Sequence[load.Load],
-    threads: int,
+    options: argparse.Namespace,
     files: Path,
     environment: Mapping[str, str],
 ) -> tuple[Answers, float]:
@@ -176,7 +180,7 @@ def in_process(
         what = [".venv-openvino-genai/bin/python", "-m", "scripts.bench.peer_openvino"]
     else:
         what = [".venv-ipex-generate/bin/python", "-m", "scripts.bench.peer_ipex"]
-    command = [*what, str(model), str(plan), "--threads", str(threads)]
+    command = [*what, str(model), str(plan), "--threads", str(options.threads), "--dtype", options.dtype]
     result = last_line(command, dict(environment))
     answers = {
         one: [load.Answer(sent, [load.Chunk(*chunk) for chunk in chunks], tokens) for sent, chunks, tokens in given]

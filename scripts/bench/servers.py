@@ -25,6 +25,7 @@ PR_SET_CHILD_SUBREAPER = 36  # prctl.h
 READY_S, END_S = 600.0, 30.0
 MAIN, VLLM = sys.executable, ".venv-vllm/bin/python"
 CACHE_GIB = 2  # for keys and values, vLLM's: room for 64 x 2048 tokens
+LONG = {"bf16": "bfloat16", "fp32": "float32"}  # what peers call them
 OURS = """from serve import *
 
 model = ServedModel(
@@ -37,23 +38,26 @@ config = ServeConfig(models=(model,), port={port})
 """
 
 
+Command = Callable[[Path, int, int, Path, str], list[str]]
+
+
 @dataclass(frozen=True)
 class Server:
-    """`command`: what starts it, from the model's directory, a port, threads and a directory for files of its own.
+    """`command`: what starts it, from the model's directory, a port, threads, a directory for files of its own and a dtype.
 
     `model`: what requests call the model; None is its directory. `fields`: what it wants in a body besides the usual.
     """
 
-    command: Callable[[Path, int, int, Path], list[str]]
+    command: Command
     fields: Mapping[str, Any]
     model: str | None = "bench"
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def ours(engine: str) -> Callable[[Path, int, int, Path], list[str]]:
+def ours(engine: str) -> Command:
     """`engine`: as a config writes it."""
 
-    def command(model: Path, port: int, threads: int, files: Path, dtype: str = "bf16") -> list[str]:
+    def command(model: Path, port: int, threads: int, files: Path, dtype: str) -> list[str]:
         config = files / "bench.py"
         config.write_text(OURS.format(model=str(model), dtype=dtype, engine=engine, threads=threads, port=port))
         return [MAIN, "-m", "ui.cli", "serve", str(config)]
@@ -61,16 +65,27 @@ def ours(engine: str) -> Callable[[Path, int, int, Path], list[str]]:
     return command
 
 
-def vllm(model: Path, port: int, threads: int, files: Path) -> list[str]:
-    options = ["--dtype", "bfloat16", "--served-model-name", "bench", "--host", "127.0.0.1", "--port", str(port)]
+def vllm(model: Path, port: int, threads: int, files: Path, dtype: str) -> list[str]:
+    options = ["--dtype", LONG[dtype], "--served-model-name", "bench", "--host", "127.0.0.1", "--port", str(port)]
     return [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *options]
 
 
-def transformers(model: Path, port: int, threads: int, files: Path) -> list[str]:
+def transformers(model: Path, port: int, threads: int, files: Path, dtype: str) -> list[str]:
     # Its steps cost what the whole cache costs, used or not, and by itself it takes most of the memory for one. This much,
     # blocks of 256 tokens, holds 32 clients; with eight times as many it had a fifth of the speed.
     cache = ["--cb-num-blocks", "64", "--cb-max-batch-tokens", "512"]
-    options = ["--continuous-batching", *cache, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    options = [
+        "--continuous-batching",
+        *cache,
+        "--device",
+        "cpu",
+        "--dtype",
+        LONG[dtype],
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     return [str(Path(MAIN).parent / "transformers"), "serve", str(model), *options]
 
 
@@ -100,7 +115,7 @@ SERVERS = {
 
 @contextmanager
 def running(
-    server: Server, model: Path, threads: int, files: Path, environment: Mapping[str, str]
+    server: Server, model: Path, threads: int, files: Path, dtype: str, environment: Mapping[str, str]
 ) -> Iterator[load.Client]:
     """A client of the server, which runs for the block and is ended with all that it started.
 
@@ -111,7 +126,7 @@ def running(
     port, log = free_port(), files / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            server.command(model, port, threads, files),
+            server.command(model, port, threads, files, dtype),
             env={**environment, **server.environment},
             stdin=subprocess.DEVNULL,
             stdout=output,

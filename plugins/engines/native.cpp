@@ -1,0 +1,409 @@
+// What the torch engine computes on CPUs by itself: for the few rows of a step that decodes, torch's own operators take
+// several times as long as reading what they read. native.py compiles this for the machine that it runs on, and calls it.
+//
+// All is computed in fp32, whatever it is kept in. Tensors are dense in their last dimension; a stride counts elements.
+// Whatever is parallel runs in torch's own OpenMP team.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512DQ__)
+constexpr int LANES = 16, MOST_ROWS = 12, MOST_NARROW = 12;  // of 32 registers, 24 are sums
+#elif defined(__AVX2__)
+constexpr int LANES = 8, MOST_ROWS = 6, MOST_NARROW = 12;  // 12 of 16
+#else
+constexpr int LANES = 4, MOST_ROWS = 6, MOST_NARROW = 12;
+#endif
+constexpr int PANEL = 2 * LANES;
+constexpr long SMALL = 1 << 14;  // numbers: fewer are not worth waking the team for
+
+struct Bf16 {
+    uint16_t bits;  // the upper half of a float's
+};
+
+inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return x; }
+inline float widen(Bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+inline void narrow(float x, float &to) { to = x; }
+inline void narrow(float x, Bf16 &to) {
+    uint32_t bits = __builtin_bit_cast(uint32_t, x);
+    to.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+
+// e^x to 1e-7 or so of itself, of operations that a compiler can do for many numbers at once, as with libm's it cannot:
+// 2^n e^rest, where x is n ln 2 and a rest that the first terms of the series are enough for.
+inline float exponential(float x) {
+    x = std::min(std::max(x, -87.f), 88.f);
+    float n = std::floor(x * 1.44269504f + 0.5f);
+    float rest = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, the first of few digits
+    float e = 1 / 5040.f;
+    for (float term : {1 / 720.f, 1 / 120.f, 1 / 24.f, 1 / 6.f, 1 / 2.f, 1.f, 1.f}) e = e * rest + term;
+    return e * __builtin_bit_cast(float, uint32_t(int(n) + 127) << 23);
+}
+
+using Floats = float __attribute__((vector_size(4 * LANES)));
+template <class V> inline V bits(const void *from) {
+    V made;
+    std::memcpy(&made, from, sizeof made);
+    return made;
+}
+template <class T> inline Floats load(const T *from) {  // a loop that GCC makes one instruction of
+    float made[LANES];
+    for (int i = 0; i < LANES; i++) made[i] = widen(from[i]);
+    return bits<Floats>(made);
+}
+#if defined(__AVX512DQ__)
+template <> inline Floats load(const int8_t *from) {  // of this one, it does not
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
+}
+#elif defined(__AVX2__)
+template <> inline Floats load(const int8_t *from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from))));
+}
+#endif
+
+// Neighbours first, then halves onto halves: a sum is made in the same order whether alone or with three more.
+using Four = float __attribute__((vector_size(16)));
+#if defined(__AVX2__)
+inline __m256 eight(__m256 x) { return x; }
+#if defined(__AVX512DQ__)
+inline __m256 eight(__m512 x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
+#endif
+inline Four sums(Floats a, Floats b, Floats c, Floats d) {
+    __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(eight(a), eight(b)), _mm256_hadd_ps(eight(c), eight(d)));
+    return _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+}
+#else
+inline float one(Floats x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+inline Four sums(Floats a, Floats b, Floats c, Floats d) { return Four{one(a), one(b), one(c), one(d)}; }
+#endif
+
+template <class T> inline float squares(const T *x, long count) {
+    Floats some = {};
+    long i = 0;
+    for (; i + LANES <= count; i += LANES) some += load(x + i) * load(x + i);
+    float all = sums(some, some, some, some)[0];
+    for (; i < count; i++) all += widen(x[i]) * widen(x[i]);
+    return all;
+}
+
+// Products
+
+struct Product {
+    long rows, inputs, outputs;
+    const float *x;       // [rows, inputs]
+    const void *panels;   // [panels, inputs, PANEL]: the weights of PANEL outputs side by side, zeros after the last
+    const float *scales;  // [outputs], or null
+    const float *bias;    // [outputs], or null
+    const float *to;      // [rows, outputs], what the product is added to, or null
+    float *result;        // [rows, outputs]
+};
+
+// ROWS rows, from row `first` on, times VECTORS vectors of weights: those of the outputs from `at` on, in panels that follow
+// each other. The sums stay in registers. Each is made in the order of the inputs, so that a row's numbers are the same to
+// the bit whatever rows are beside it.
+template <class W, int ROWS, int VECTORS>
+__attribute__((noinline)) void block(const Product &p, const W *weights, long at, long first) {
+    const float *x = p.x + first * p.inputs;
+    Floats sums[ROWS][VECTORS] = {};
+    for (long k = 0; k < p.inputs; k++) {
+        Floats mine[VECTORS];
+        for (int v = 0; v < VECTORS; v++) mine[v] = load(weights + (v / 2 * p.inputs + k) * PANEL + v % 2 * LANES);
+        for (int row = 0; row < ROWS; row++)
+            for (int v = 0; v < VECTORS; v++) sums[row][v] += mine[v] * x[row * p.inputs + k];
+    }
+    for (int row = 0; row < ROWS; row++) {
+        float sum[VECTORS * LANES];
+        std::memcpy(sum, sums[row], sizeof sum);
+        long place = (first + row) * p.outputs + at;
+        for (int i = 0; i < std::min<long>(VECTORS * LANES, p.outputs - at); i++) {
+            float value = sum[i];
+            if (p.scales) value *= p.scales[at + i];
+            if (p.bias) value += p.bias[at + i];
+            if (p.to) value += p.to[place + i];
+            p.result[place + i] = value;
+        }
+    }
+}
+
+// As `block`, of `rows` rows, at most ROWS, and whole panels. Few rows take several panels at once, since a sum has to wait
+// for what was added before; more than MOST_ROWS take half a panel.
+template <class W, int ROWS = MOST_NARROW>
+void block(const Product &p, const W *weights, long at, long panels, long first, long rows) {
+    if (rows < ROWS) {
+        if constexpr (ROWS > 1) block<W, ROWS - 1>(p, weights, at, panels, first, rows);
+        return;
+    }
+    constexpr int SIDE_BY_SIDE = 4 * ROWS <= MOST_ROWS ? 4 : 2 * ROWS <= MOST_ROWS ? 2 : 1;
+    while (panels > 0) {
+        int done = panels >= SIDE_BY_SIDE ? SIDE_BY_SIDE : 1;
+        if constexpr (ROWS > MOST_ROWS) {
+            block<W, ROWS, 1>(p, weights, at, first);
+            block<W, ROWS, 1>(p, weights + LANES, at + LANES, first);
+        } else if (done > 1) {
+            block<W, ROWS, 2 * SIDE_BY_SIDE>(p, weights, at, first);
+        } else {
+            block<W, ROWS, 2>(p, weights, at, first);
+        }
+        panels -= done, at += done * PANEL, weights += done * PANEL * p.inputs;
+    }
+}
+
+template <class W> void product(const Product &p) {
+    long panels = (p.outputs + PANEL - 1) / PANEL, size = p.inputs * PANEL;
+    bool few = p.rows <= MOST_NARROW;
+    long parts = few ? 1 : (p.rows + MOST_ROWS - 1) / MOST_ROWS, together = few ? 4 : 1;
+#pragma omp parallel
+    {
+        std::vector<float> wide(std::is_same_v<W, float> || few ? 0 : size);
+#pragma omp for schedule(dynamic, 1)
+        for (long panel = 0; panel < panels; panel += together) {
+            const W *weights = static_cast<const W *>(p.panels) + panel * size;
+            for (size_t i = 0; i < wide.size(); i++) wide[i] = widen(weights[i]);
+            for (long part = 0; part < parts; part++) {  // as even as can be: a single row would take as long as three
+                long first = p.rows * part / parts, rows = p.rows * (part + 1) / parts - first;
+                if (wide.empty())
+                    block<W>(p, weights, panel * PANEL, std::min(together, panels - panel), first, rows);
+                else
+                    block<float>(p, wide.data(), panel * PANEL, 1, first, rows);
+            }
+        }
+    }
+}
+
+// What lies between them
+
+// RMSNorm of each of `heads` heads of a token; a token's others, up to `stride`, are passed over.
+template <class T>
+void norm(long tokens, long heads, long width, const T *x, long stride, const T *weight, float eps, T *result) {
+#pragma omp parallel for schedule(static) if (tokens * heads * width > SMALL)
+    for (long row = 0; row < tokens * heads; row++) {
+        const T *from = x + row / heads * stride + row % heads * width;
+        T *to = result + row * width;
+        float factor = 1 / std::sqrt(squares(from, width) / float(width) + eps);
+        for (long i = 0; i < width; i++) narrow(widen(from[i]) * factor * widen(weight[i]), to[i]);
+    }
+}
+
+template <class T> void gate(long rows, long width, const T *both, T *result) {
+#pragma omp parallel for schedule(static) if (rows * width > SMALL)
+    for (long row = 0; row < rows; row++) {
+        const T *left = both + 2 * row * width, *right = left + width;
+        T *to = result + row * width;
+        for (long i = 0; i < width; i++) {
+            float x = widen(left[i]);
+            narrow(x / (1 + exponential(-x)) * widen(right[i]), to[i]);
+        }
+    }
+}
+
+template <class T>
+void rotate(long tokens, long heads, long width, T *x, long stride, const T *cosines, const T *sines) {
+    long half = width / 2;
+#pragma omp parallel for schedule(static) if (tokens * heads * width > SMALL)
+    for (long token = 0; token < tokens; token++) {
+        const T *cosine = cosines + token * width, *sine = sines + token * width;
+        for (long head = 0; head < heads; head++) {
+            T *left = x + token * stride + head * width, *right = left + half;
+            for (long i = 0; i < half; i++) {
+                float a = widen(left[i]), b = widen(right[i]);
+                narrow(a * widen(cosine[i]) + b * widen(sine[i]), left[i]);  // that half of the sines is negative
+                narrow(b * widen(cosine[half + i]) + a * widen(sine[half + i]), right[i]);
+            }
+        }
+    }
+}
+
+// Attention
+
+struct Heads {
+    long sequences, kv_heads, group;  // `group` heads of a query share a KV head
+    long width, value_width;
+    const void *query, *key, *value;              // [tokens, heads, width], [tokens, KV heads, ...]: the step's
+    long query_stride, key_stride, value_stride;  // from a token to the next
+    void *const *keys, *const *values;            // of each sequence: its row of the cache, [KV heads, capacity, ...]
+    const long *capacities;                       // of each sequence: the tokens that its row has room for
+    const long *firsts, *counts, *starts;  // of each sequence: its tokens in this step, and where they come in itself
+    float scale;
+    long window;    // tokens that are seen, itself included; 0: all
+    float softcap;  // 0: none
+    void *result;   // [tokens, heads, value width]
+};
+
+constexpr int KEYS = 4;        // at a time
+constexpr long QUERIES = 12;  // rows of a task, or one token's, if that has more
+
+// Scores of ROWS queries and KEYS keys. `to`: from a query's to the next, `apart` numbers.
+template <int ROWS> void scores(const float *query, const float *keys, long width, float *to, long apart) {
+    Floats dots[ROWS][KEYS] = {};
+    long i = 0;
+    for (; i + LANES <= width; i += LANES)
+        for (int k = 0; k < KEYS; k++) {
+            Floats key = load(keys + k * width + i);
+            for (int row = 0; row < ROWS; row++) dots[row][k] += load(query + row * width + i) * key;
+        }
+    for (int row = 0; row < ROWS; row++) {
+        Four found = sums(dots[row][0], dots[row][1], dots[row][2], dots[row][3]);
+        for (long rest = i; rest < width; rest++)
+            for (int k = 0; k < KEYS; k++) found[k] += query[row * width + rest] * keys[k * width + rest];
+        std::memcpy(to + row * apart, &found, sizeof found);
+    }
+}
+
+// To ROWS sums, KEYS values, each times its share, one after another.
+template <int ROWS> void add(const float *shares, long apart, const float *values, long width, float *to) {
+    long i = 0;
+    for (; i + LANES <= width; i += LANES)
+        for (int row = 0; row < ROWS; row++) {
+            Floats sum = load(to + row * width + i);
+            for (int k = 0; k < KEYS; k++) sum += shares[row * apart + k] * load(values + k * width + i);
+            std::memcpy(to + row * width + i, &sum, sizeof sum);
+        }
+    for (; i < width; i++)
+        for (int row = 0; row < ROWS; row++)
+            for (int k = 0; k < KEYS; k++) to[row * width + i] += shares[row * apart + k] * values[k * width + i];
+}
+
+// Scores to shares, of the keys that are seen.
+void softmax(float *x, long count, float softcap) {
+    if (softcap != 0)
+        for (long k = 0; k < count; k++) x[k] = (1 - 2 / (1 + exponential(2 * x[k] / softcap))) * softcap;  // tanh
+    float most = x[0];
+    for (long k = 1; k < count; k++) most = std::max(most, x[k]);
+    for (long k = 0; k < count; k++) x[k] = exponential(x[k] - most);
+    Floats totals = {};
+    long k = 0;
+    for (; k + LANES <= count; k += LANES) totals += load(x + k);
+    float total = sums(totals, totals, totals, totals)[0];
+    for (; k < count; k++) total += x[k];
+    for (k = 0; k < count; k++) x[k] /= total;
+}
+
+// [KEYS, width] of `count` rows, of which there may be fewer: then zeros.
+template <class T> const float *wide(const T *from, float *to, long count, long width) {
+    if (std::is_same_v<T, float> && count >= KEYS) return reinterpret_cast<const float *>(from);
+    for (long i = 0; i < std::min<long>(count, KEYS) * width; i++) to[i] = widen(from[i]);
+    std::fill(to + std::min<long>(count, KEYS) * width, to + KEYS * width, 0.f);
+    return to;
+}
+
+template <class T> T *row_of(void *const *rows, const Heads &h, long sequence, long head, long width) {
+    return static_cast<T *>(rows[sequence]) + head * h.capacities[sequence] * width;
+}
+
+// What is new goes into the cache.
+template <class T> void keep(const Heads &h, long sequence, long head) {
+    T *keys = row_of<T>(h.keys, h, sequence, head, h.width) + h.starts[sequence] * h.width;
+    T *values = row_of<T>(h.values, h, sequence, head, h.value_width) + h.starts[sequence] * h.value_width;
+    for (long i = 0; i < h.counts[sequence]; i++) {
+        long token = h.firsts[sequence] + i;
+        const T *key = static_cast<const T *>(h.key) + token * h.key_stride + head * h.width;
+        const T *value = static_cast<const T *>(h.value) + token * h.value_stride + head * h.value_width;
+        std::copy(key, key + h.width, keys + i * h.width);
+        std::copy(value, value + h.value_width, values + i * h.value_width);
+    }
+}
+
+// Of `tokens` tokens of a sequence, from its `from`th in this step on: all queries that share a KV head.
+template <class T>
+void attend(const Heads &h, long sequence, long head, long from, long tokens, std::vector<float> &scratch) {
+    long first = h.firsts[sequence] + from, start = h.starts[sequence] + from, rows = tokens * h.group;
+    auto seen_from = [&](long token) { return h.window ? std::max(0L, start + token + 1 - h.window) : 0L; };
+    long begin = seen_from(0), count = start + tokens - begin, apart = (count + KEYS - 1) / KEYS * KEYS;
+    const T *keys = row_of<T>(h.keys, h, sequence, head, h.width) + begin * h.width;
+    const T *values = row_of<T>(h.values, h, sequence, head, h.value_width) + begin * h.value_width;
+    scratch.resize(rows * (h.width + apart + h.value_width) + KEYS * std::max(h.width, h.value_width));
+    float *queries = scratch.data(), *shares = queries + rows * h.width, *sums = shares + rows * apart;
+    float *some = sums + rows * h.value_width;
+
+    for (long row = 0; row < rows; row++) {  // [tokens, group]
+        const T *query = static_cast<const T *>(h.query) + (first + row / h.group) * h.query_stride;
+        query += (head * h.group + row % h.group) * h.width;
+        for (long i = 0; i < h.width; i++) queries[row * h.width + i] = widen(query[i]) * h.scale;
+    }
+    for (long k = 0; k < count; k += KEYS) {
+        const float *seen = wide(keys + k * h.width, some, count - k, h.width);
+        long row = 0;
+        for (; row + 2 <= rows; row += 2)
+            scores<2>(queries + row * h.width, seen, h.width, shares + row * apart + k, apart);
+        for (; row < rows; row++) scores<1>(queries + row * h.width, seen, h.width, shares + row * apart + k, apart);
+    }
+    for (long row = 0; row < rows; row++) {
+        float *mine = shares + row * apart;
+        long token = row / h.group, hidden = seen_from(token) - begin, end = start + token + 1 - begin;
+        std::fill(mine, mine + hidden, 0.f);
+        softmax(mine + hidden, end - hidden, h.softcap);
+        std::fill(mine + end, mine + apart, 0.f);
+    }
+    std::fill(sums, sums + rows * h.value_width, 0.f);
+    for (long k = 0; k < count; k += KEYS) {
+        const float *seen = wide(values + k * h.value_width, some, count - k, h.value_width);
+        long row = 0;
+        for (; row + 2 <= rows; row += 2)
+            add<2>(shares + row * apart + k, apart, seen, h.value_width, sums + row * h.value_width);
+        for (; row < rows; row++) add<1>(shares + row * apart + k, apart, seen, h.value_width, sums + row * h.value_width);
+    }
+    for (long row = 0; row < rows; row++) {
+        long place = ((first + row / h.group) * h.kv_heads + head) * h.group + row % h.group;
+        T *result = static_cast<T *>(h.result) + place * h.value_width;
+        for (long i = 0; i < h.value_width; i++) narrow(sums[row * h.value_width + i], result[i]);
+    }
+}
+
+template <class T> void attend(const Heads &h) {
+    long together = std::max(1L, QUERIES / h.group);
+    std::vector<std::pair<long, long>> tasks;  // a sequence, and which of its tokens come first
+    for (long sequence = 0; sequence < h.sequences; sequence++)
+        for (long from = 0; from < h.counts[sequence]; from += together) tasks.emplace_back(sequence, from);
+#pragma omp parallel
+    {
+        static thread_local std::vector<float> scratch;
+#pragma omp for schedule(static)
+        for (long each = 0; each < h.sequences * h.kv_heads; each++) keep<T>(h, each / h.kv_heads, each % h.kv_heads);
+#pragma omp for schedule(dynamic, 1)
+        for (long each = 0; each < long(tasks.size()) * h.kv_heads; each++) {
+            auto [sequence, from] = tasks[each / h.kv_heads];
+            long tokens = std::min(together, h.counts[sequence] - from);
+            attend<T>(h, sequence, each % h.kv_heads, from, tokens, scratch);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+long manta_panel() { return PANEL; }
+long manta_threads() { return omp_get_max_threads(); }
+
+void manta_product_fp32(const Product *p) { product<float>(*p); }
+void manta_product_bf16(const Product *p) { product<Bf16>(*p); }
+void manta_product_int8(const Product *p) { product<int8_t>(*p); }
+
+#define OF(TYPE, T)                                                                                                      \
+    void manta_norm_##TYPE(long tokens, long heads, long width, const T *x, long stride, const T *weight, float eps,     \
+                           T *result) {                                                                                  \
+        norm<T>(tokens, heads, width, x, stride, weight, eps, result);                                                   \
+    }                                                                                                                    \
+    void manta_gate_##TYPE(long rows, long width, const T *both, T *result) { gate<T>(rows, width, both, result); }      \
+    void manta_rotate_##TYPE(long tokens, long heads, long width, T *x, long stride, const T *cosines, const T *sines) { \
+        rotate<T>(tokens, heads, width, x, stride, cosines, sines);                                                      \
+    }                                                                                                                    \
+    void manta_attend_##TYPE(const Heads *h) { attend<T>(*h); }
+
+OF(fp32, float)
+OF(bf16, Bf16)
+}

@@ -1,0 +1,211 @@
+"""native.cpp: compiled for the machine that it runs on, at the first start of an engine there, and called with tensors.
+
+Without a C++ compiler (g++ or clang++, with OpenMP) engines do without it, and say so: torch's own operators compute then.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from ctypes import Structure, byref, c_float, c_long, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from plugins.cache_folder import cache_folder
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+# Without errors and infinities, a maximum is one instruction. Sums stay in the order in which they are written.
+FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC",
+    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only",
+)  # fmt: skip
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
+
+
+class _Product(Structure):
+    """As in native.cpp."""
+
+    _fields_ = [
+        *((name, c_long) for name in ("rows", "inputs", "outputs")),
+        *((name, c_void_p) for name in ("x", "panels", "scales", "bias", "to", "result")),
+    ]
+
+
+class _Heads(Structure):
+    """As in native.cpp."""
+
+    _fields_ = [
+        *((name, c_long) for name in ("sequences", "kv_heads", "group", "width", "value_width")),
+        *((name, c_void_p) for name in ("query", "key", "value")),
+        *((name, c_long) for name in ("query_stride", "key_stride", "value_stride")),
+        *((name, c_void_p) for name in ("keys", "values", "capacities", "firsts", "counts", "starts")),
+        ("scale", c_float),
+        ("window", c_long),
+        ("softcap", c_float),
+        ("result", c_void_p),
+    ]
+
+
+class Rows:
+    """Where the keys and values of a step's sequences lie, each in a row of the cache, and their tokens in the step.
+
+    `keys`, `values` [layers, sequences]: addresses, of [KV heads, capacity, width]. The others [sequences]: how many tokens
+    a row has room for; the first token in the step, how many there are, and where they come in the sequence.
+    """
+
+    def __init__(
+        self,
+        keys: np.ndarray,
+        values: np.ndarray,
+        *,
+        capacities: Sequence[int],
+        firsts: Sequence[int],
+        counts: Sequence[int],
+        starts: Sequence[int],
+    ) -> None:
+        self.keys, self.values = np.ascontiguousarray(keys), np.ascontiguousarray(values)
+        self.each = [np.array(numbers, np.int64) for numbers in (capacities, firsts, counts, starts)]
+
+
+class Native:
+    """The functions of native.cpp. What they are given is dense but where it says so, on the CPU, in fp32 or bf16."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self.panel: int = library.manta_panel()
+        self.threads: Callable[[], int] = library.manta_threads  # of the team that it computes with
+        longs, pointers = [c_long] * 4, [c_void_p] * 3
+        for name in ("fp32", "bf16"):
+            self._function("norm", name).argtypes = [*longs[:3], c_void_p, c_long, c_void_p, c_float, c_void_p]
+            self._function("gate", name).argtypes = [*longs[:2], *pointers[:2]]
+            self._function("rotate", name).argtypes = [*longs[:3], c_void_p, c_long, *pointers[:2]]
+
+    def _function(self, what: str, kind: str) -> Any:
+        return getattr(self._library, f"manta_{what}_{kind}")
+
+    def panels(self, weight: torch.Tensor) -> torch.Tensor:
+        """[out, in] -> [panels, in, outputs of a panel], as `product` reads it."""
+        outputs, inputs = weight.shape
+        count = -(-outputs // self.panel)
+        padded = weight.new_zeros(count * self.panel, inputs)
+        padded[:outputs] = weight
+        return padded.view(count, self.panel, inputs).transpose(1, 2).contiguous()
+
+    def product(
+        self,
+        x: torch.Tensor,
+        panels: torch.Tensor,
+        outputs: int,
+        *,
+        scales: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        to: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """fp32 [rows, out] of fp32 `x` [rows, in]: times the weights, times `scales` [out], plus `bias` [out], plus `to`.
+
+        `panels`: of weights in fp32, bf16 or int8. A row's numbers are the same to the bit, whatever rows are beside it.
+        """
+        result = x.new_empty(len(x), outputs)
+        rest = [None if tensor is None else tensor.data_ptr() for tensor in (scales, bias, to)]
+        made = _Product(len(x), x.shape[1], outputs, x.data_ptr(), panels.data_ptr(), *rest, result.data_ptr())
+        self._function("product", NAMES[panels.dtype])(byref(made))
+        return result
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """RMSNorm over the last dimension; x [tokens, width], or [tokens, heads, width] with any stride of the tokens."""
+        heads = 1 if x.dim() == 2 else x.shape[1]
+        result = x.new_empty(x.shape)
+        self._function("norm", NAMES[x.dtype])(
+            len(x), heads, x.shape[-1], x.data_ptr(), x.stride(0), weight.data_ptr(), eps, result.data_ptr()
+        )
+        return result
+
+    def gate(self, both: torch.Tensor) -> torch.Tensor:
+        """[rows, 2 n] -> [rows, n]: SiLU of the first half times the second."""
+        result = both.new_empty(len(both), both.shape[1] // 2)
+        self._function("gate", NAMES[both.dtype])(*result.shape, both.data_ptr(), result.data_ptr())
+        return result
+
+    def rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+        """Itself, x [tokens, heads, width] with any stride of the tokens, turned; see lean.Between."""
+        self._function("rotate", NAMES[x.dtype])(
+            *x.shape, x.data_ptr(), x.stride(0), cosines.data_ptr(), sines.data_ptr()
+        )
+        return x
+
+    def attend(
+        self,
+        rows: Rows,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """As runner.Attention. The tokens of query, key and value may have any stride."""
+        (tokens, heads, width), kv_heads, value_width = query.shape, key.shape[1], value.shape[2]
+        query, key, value = (_dense_tokens(part) for part in (query, key, value))
+        result = query.new_empty(tokens, heads, value_width)
+        made = _Heads(
+            rows.keys.shape[1], kv_heads, heads // kv_heads, width, value_width,
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), query.stride(0), key.stride(0), value.stride(0),
+            rows.keys[layer].ctypes.data, rows.values[layer].ctypes.data, *(each.ctypes.data for each in rows.each),
+            scale, window or 0, softcap or 0, result.data_ptr(),
+        )  # fmt: skip
+        self._function("attend", NAMES[query.dtype])(byref(made))
+        return result
+
+
+def _dense_tokens(x: torch.Tensor) -> torch.Tensor:
+    """[tokens, heads, width] whose last two dimensions are dense."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+@cache
+def load() -> Native | None:
+    """Compiled, if it has not been on this machine. None, with a warning, where that cannot be done."""
+    compiler = next(
+        filter(None, (shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))), None
+    )
+    if compiler is None:
+        logger.warning("no C++ compiler (g++ or clang++) is here: torch's own operators compute, several times slower")
+        return None
+    try:
+        return Native(ctypes.CDLL(str(_compiled(compiler))))
+    except (subprocess.CalledProcessError, OSError) as error:
+        why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        logger.warning(
+            "%s cannot compile %s (%s): torch's own operators compute, several times slower",
+            compiler, SOURCE.name, why[0] if why else error,
+        )  # fmt: skip
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    """The library, kept by what made it: several machines may share a home, and have different CPUs."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    cpu = subprocess.run(
+        [compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True
+    ).stdout
+    key = hashlib.sha256("\0".join((version, cpu, *FLAGS, SOURCE.read_text())).encode()).hexdigest()[:16]
+    path = cache_folder("native") / f"{key}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            subprocess.run([compiler, *FLAGS, "-o", str(made), str(SOURCE)], capture_output=True, text=True, check=True)
+            made.replace(path)  # at once: another replica may be doing the same
+    return path
