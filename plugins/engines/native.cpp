@@ -164,21 +164,23 @@ void block(const Product &p, const W *weights, long at, long panels, long first,
 
 template <class W> void product(const Product &p) {
     long panels = (p.outputs + PANEL - 1) / PANEL, size = p.inputs * PANEL;
-    bool few = p.rows <= MOST_NARROW;
+    bool few = p.rows <= MOST_NARROW, widens = !few && !std::is_same_v<W, float>;  // for many rows a panel is widened once
     long parts = few ? 1 : (p.rows + MOST_ROWS - 1) / MOST_ROWS, together = few ? 4 : 1;
 #pragma omp parallel
     {
-        std::vector<float> wide(std::is_same_v<W, float> || few ? 0 : size);
+        static thread_local std::vector<float> wide;
+        if (widens && long(wide.size()) < size) wide.resize(size);
+        // Whoever is free takes the next: a thread that another process has put off its core holds up the others less.
 #pragma omp for schedule(dynamic, 1)
         for (long panel = 0; panel < panels; panel += together) {
             const W *weights = static_cast<const W *>(p.panels) + panel * size;
-            for (size_t i = 0; i < wide.size(); i++) wide[i] = widen(weights[i]);
+            for (long i = 0; widens && i < size; i++) wide[i] = widen(weights[i]);
             for (long part = 0; part < parts; part++) {  // as even as can be: a single row would take as long as three
                 long first = p.rows * part / parts, rows = p.rows * (part + 1) / parts - first;
-                if (wide.empty())
-                    block<W>(p, weights, panel * PANEL, std::min(together, panels - panel), first, rows);
-                else
+                if (widens)
                     block<float>(p, wide.data(), panel * PANEL, 1, first, rows);
+                else
+                    block<W>(p, weights, panel * PANEL, std::min(together, panels - panel), first, rows);
             }
         }
     }
@@ -243,7 +245,7 @@ struct Heads {
     void *result;   // [tokens, heads, value width]
 };
 
-constexpr int KEYS = 4;        // at a time
+constexpr int KEYS = 4;       // at a time
 constexpr long QUERIES = 12;  // rows of a task, or one token's, if that has more
 
 // Scores of ROWS queries and KEYS keys. `to`: from a query's to the next, `apart` numbers.

@@ -52,6 +52,10 @@ class OpenVinoEngine(BatchedEngine[OpenVino]):
 
     def _open(self, cpus: float, gpus: float) -> tuple[Computer, Scheduler[Sequence]]:
         check_model_files(self._source, "source.path", self._options.files)
+        if self._source.dtype == "bf16" and not hardware.has_bf16(hardware.device(0)):
+            raise UserError(
+                "source.dtype = 'bf16': this CPU has no bf16, which OpenVino needs for it; leave it at 'auto'"
+            )
         self._config = load(AutoConfig, self._source)
         self._wanted = self._longest(self._config)
         self._folder = exported(self._source, self._options.weights)  # on all CPUs: none is claimed yet

@@ -75,7 +75,7 @@ def main() -> int:
         everything = about | {"rounds": measured, "medians": medians, "ratios": ratios}
         options.json.write_text(json.dumps(everything, indent=2) + "\n")
     if options.readme:
-        report.write(medians)
+        report.write(medians, options.dtype)
     return 0
 
 
