@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     needs = {item: [mark.args[0] for mark in item.iter_markers("environment")] for item in items}
     problems = {name: Environment.find(name).problem() for name in {name for names in needs.values() for name in names}}
     missing = {item: problem for item in items for name in needs[item] if (problem := problems[name])}
-    if not (shutil.which("g++") or shutil.which("clang++")):
+    if not shutil.which(os.environ.get("CXX", "g++")):
         missing |= {item: "no C++ compiler (g++)" for item in items if item.get_closest_marker("compiler")}
     config.stash[NOT_RUN] = Counter(missing.values())
     if missing:

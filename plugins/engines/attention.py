@@ -28,12 +28,10 @@ QUERIES = 64  # of a prompt at a time: their scores stay in a core's cache
 class Table(NamedTuple):
     """The keys and values of a slab."""
 
-    wholes: list[
-        torch.Tensor
-    ]  # for each KV heads and width, all that have them: [tables, rows, KV heads, capacity, width]
-    layers: list[
-        tuple[torch.Tensor, torch.Tensor]
-    ]  # each layer's keys and values, which are parts of those: [rows, ...]
+    # For each KV heads and width, all that have them: [tables, rows, KV heads, capacity, width].
+    wholes: list[torch.Tensor]
+    # Each layer's keys and values, which are parts of those: [rows, ...].
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
     addresses: np.ndarray  # [2, layers]: of their first rows, in memory
     sizes: np.ndarray  # [2, layers]: bytes from a row to the next
 
@@ -63,14 +61,13 @@ class Tables:
         }
         unused = {kind: iter(whole) for kind, whole in wholes.items()}
         tables = [next(unused[kind]) for kind in kinds]
-        addresses, sizes = (
-            np.array(numbers, np.int64).reshape(-1, 2).T
-            for numbers in (
-                [table.data_ptr() for table in tables],
-                [table.stride(0) * table.itemsize for table in tables],
-            )
+        keys, values = tables[::2], tables[1::2]
+        return Table(
+            wholes=list(wholes.values()),
+            layers=list(zip(keys, values, strict=True)),
+            addresses=np.array([[table.data_ptr() for table in each] for each in (keys, values)], np.int64),
+            sizes=np.array([[table[0].nbytes for table in each] for each in (keys, values)], np.int64),
         )
-        return Table(list(wholes.values()), list(zip(tables[::2], tables[1::2], strict=True)), addresses, sizes)
 
     def release(self, tables: Table) -> None:
         """Nobody has them any more: torch frees them by itself."""
@@ -93,8 +90,8 @@ class Rule(NamedTuple):
     """How a layer attends: the scale of its scores, how many tokens it sees, and what softly bounds the scores."""
 
     scale: float
-    window: int | None
-    softcap: float | None
+    window: int | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -195,15 +192,7 @@ class Attention(Protocol):
     """The attention of one step: it writes the step's keys and values into the cache, and reads what each token may see."""
 
     def __call__(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule
     ) -> torch.Tensor:
         """query [tokens, heads, d], key [tokens, KV heads, d], value [tokens, KV heads, e] -> [tokens, heads, e]."""
         ...
@@ -235,17 +224,8 @@ class TorchAttention(Attention):
             first += piece.count
 
     def __call__(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule
     ) -> torch.Tensor:
-        rule = Rule(scale, window, softcap)
         query = query.unflatten(1, (key.shape[1], -1))
         results = [part.attend(layer, query, key, value, rule) for part in self._parts]
         result = torch.cat(results) if len(results) > 1 else results[0]
@@ -272,17 +252,9 @@ class NativeAttention(Attention):
         )
 
     def __call__(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule
     ) -> torch.Tensor:
-        return self._native.attend(self._rows, layer, query, key, value, scale=scale, window=window, softcap=softcap)
+        return self._native.attend(self._rows, layer, query, key, value, *rule)
 
 
 def _attend(

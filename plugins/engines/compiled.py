@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from plugins.engines.attention import Attention, Rule
 from plugins.engines.layers import Embedding, Linear
 from plugins.pretrained import first_line
 from plugins.spec import UserError
 
 if TYPE_CHECKING:
-    from plugins.engines.attention import Attention
     from plugins.engines.runner import Step
 
 SIZES = ((3, 2), (3, 1), (1, 1))  # tokens, logits: what has a size of 1 is compiled by itself
@@ -117,7 +117,7 @@ def _hide(
         softcap: float | None = None,
     ) -> torch.Tensor:
         assert turn.attention is not None
-        return turn.attention(layer, query, key, value, scale=scale, window=window, softcap=softcap).contiguous()
+        return turn.attention(layer, query, key, value, Rule(scale, window, softcap)).contiguous()
 
     def attention_like(
         layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
@@ -134,5 +134,5 @@ def _hide(
     linears, embeddings = operator(linear, linear_like), operator(embedding, embedding_like)
     for number, layer in enumerate(layers):
         layer.hidden = partial(linears if isinstance(layer, Linear) else embeddings, number=number)
-    made: Callable[..., torch.Tensor] = operator(attention, attention_like)
-    return made
+    hidden = operator(attention, attention_like)
+    return lambda layer, query, key, value, rule: hidden(layer, query, key, value, *rule)

@@ -180,32 +180,24 @@ class Attention(attention.Attention):
         return self._heads[heads, kv_heads]
 
     def __call__(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: attention.Rule
     ) -> torch.Tensor:
         """As its parent."""
         keys, values = self._layers[layer]
         self._kernels.reshape_and_cache(key, value, keys, values, self._slots, "auto", 1.0, 1.0)
         result = torch.empty_like(query, memory_format=torch.contiguous_format)
-        ends, cap = self._ends, softcap or -1.0
+        ends, cap = self._ends, rule.softcap or -1.0
         if ends:
             seen, heads = self._by_decoding, self._kv_heads(query.shape[1], key.shape[1])
             self._kernels.single_query_cached_kv_attention(
-                result[:ends], query[:ends], keys, values, heads, scale, seen.pages, seen.lengths, BLOCK,
-                seen.longest, None, window or -1, 1.0, 1.0, cap,
+                result[:ends], query[:ends], keys, values, heads, rule.scale, seen.pages, seen.lengths, BLOCK,
+                seen.longest, None, rule.window or -1, 1.0, 1.0, cap,
             )  # fmt: skip
         if ends < len(query):
-            seen, before = self._by_reading, (window or 0) - 1  # this many tokens before each; -1: all
+            seen, before = self._by_reading, (rule.window or 0) - 1  # this many tokens before each; -1: all
             self._kernels.flash_attn_varlen_func(
                 result[ends:], query[ends:], keys, values, self._begins, self._seen_begins, self._most,
-                seen.longest, scale, True, seen.pages, None, before, -1, "auto", 1.0, 1.0, cap,
+                seen.longest, rule.scale, True, seen.pages, None, before, -1, "auto", 1.0, 1.0, cap,
             )  # fmt: skip
         return result
 

@@ -83,8 +83,7 @@ class Int8:
     So a row's numbers are not quite the same in larger company.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None) -> None:
-        scales = scales_of(weight, "int8") if scales is None else scales
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor) -> None:
         integers = in_integers(weight, scales, "int8").contiguous()
         self._packed = torch.ops.onednn.qlinear_prepack(integers, [PACKED_FOR, weight.shape[1]])
         self._scales, self._bias, self._dtype = scales.flatten(), bias, weight.dtype
@@ -156,13 +155,13 @@ def product(
     """`scales`: those with which `weight` was once made of integers, where it was."""
     if callable(weights):
         return weights(weight, bias, scales)
+    if weights == "int8" and scales is None:
+        scales = scales_of(weight, "int8")
     on_cpu = weight.device.type == "cpu"
     in_bf16 = weight.dtype == torch.bfloat16 and hardware.has_bf16(weight.device)
     if on_cpu and not in_bf16 and (own := native.load()):
-        return Panels(
-            own, weight, bias, (scales_of(weight, "int8") if scales is None else scales) if weights == "int8" else None
-        )
-    if weights == "int8":
+        return Panels(own, weight, bias, scales)
+    if scales is not None:
         return Int8(weight, bias, scales)
     return Packed(weight, bias) if on_cpu and in_bf16 and torch.backends.mkldnn.is_available() else Plain(weight, bias)
 

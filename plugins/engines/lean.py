@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch.nn import functional
 
+from plugins.engines.attention import Rule
 from plugins.engines.layers import Embedding, Linear, Turns, Weights
 
 if TYPE_CHECKING:
@@ -84,10 +85,9 @@ class _Block:
         known: Callable[..., Any],
     ) -> None:
         attention = layer.self_attn
-        self._number, self._width, self._scale = number, attention.head_dim, attention.scaling
-        self._is_last = is_last
+        self._number, self._width, self._is_last = number, attention.head_dim, is_last
         everywhere = getattr(attention.config, "sliding_window", None)
-        self._window: int | None = getattr(attention, "sliding_window", everywhere)
+        self._rule = Rule(attention.scaling, getattr(attention, "sliding_window", everywhere))
 
         def linear(part: str, *names: str, of_wanted: bool = is_last) -> Linear:
             module = getattr(layer, part)
@@ -100,10 +100,8 @@ class _Block:
         self._gate_up = linear("mlp", "gate_proj", "up_proj")
         self._down = linear("mlp", "down_proj")
         self._between = between
-        self._before, self._after = (
-            _Norm(layer.input_layernorm, between),
-            _Norm(layer.post_attention_layernorm, between),
-        )
+        self._before = _Norm(layer.input_layernorm, between)
+        self._after = _Norm(layer.post_attention_layernorm, between)
         self._q_norm = _Norm(attention.q_norm, between) if hasattr(attention, "q_norm") else None
         self._k_norm = _Norm(attention.k_norm, between) if hasattr(attention, "k_norm") else None
         self._heads, self._kv_heads, _ = (outputs // self._width for outputs in self._qkv.outputs)
@@ -116,7 +114,7 @@ class _Block:
             turned = torch.cat((self._q_norm(queries), self._k_norm(keys)), 1)
         turned = self._between.rotate(turned, cos, sin)
         query, key = turned[:, : self._heads], turned[:, self._heads :]
-        seen = step.attention(self._number, query, key, value, scale=self._scale, window=self._window).flatten(1)
+        seen = step.attention(self._number, query, key, value, self._rule).flatten(1)
         if self._is_last:
             seen, x = seen[step.wanted], x[step.wanted]
         x = self._o.added(seen, x)

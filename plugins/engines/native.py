@@ -1,6 +1,6 @@
 """native.cpp: compiled for the machine that it runs on, at the first start of an engine there, and called with tensors.
 
-Without a C++ compiler (g++ or clang++, with OpenMP) engines do without it, and say so: torch's own operators compute then.
+Without a C++ compiler (g++, or what CXX names) engines do without it, and say so: torch's own operators compute then.
 """
 
 import ctypes
@@ -84,11 +84,11 @@ class Native:
         self._library = library
         self.panel: int = library.manta_panel()
         self.threads: Callable[[], int] = library.manta_threads  # of the team that it computes with
-        longs, pointers = [c_long] * 4, [c_void_p] * 3
+        sizes = [c_long, c_long, c_long]
         for name in ("fp32", "bf16"):
-            self._function("norm", name).argtypes = [*longs[:3], c_void_p, c_long, c_void_p, c_float, c_void_p]
-            self._function("gate", name).argtypes = [*longs[:2], *pointers[:2]]
-            self._function("rotate", name).argtypes = [*longs[:3], c_void_p, c_long, *pointers[:2]]
+            self._function("norm", name).argtypes = [*sizes, c_void_p, c_long, c_void_p, c_float, c_void_p]
+            self._function("gate", name).argtypes = [c_long, c_long, c_void_p, c_void_p]
+            self._function("rotate", name).argtypes = [*sizes, c_void_p, c_long, c_void_p, c_void_p]
 
     def _function(self, what: str, kind: str) -> Any:
         return getattr(self._library, f"manta_{what}_{kind}")
@@ -150,12 +150,11 @@ class Native:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
         scale: float,
-        window: int | None,
-        softcap: float | None,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        """As runner.Attention. The tokens of query, key and value may have any stride."""
+        """As attention.Attention. The tokens of query, key and value may have any stride."""
         (tokens, heads, width), kv_heads, value_width = query.shape, key.shape[1], value.shape[2]
         query, key, value = (_dense_tokens(part) for part in (query, key, value))
         result = query.new_empty(tokens, heads, value_width)
@@ -177,18 +176,17 @@ def _dense_tokens(x: torch.Tensor) -> torch.Tensor:
 @cache
 def load() -> Native | None:
     """Compiled, if it has not been on this machine. None, with a warning, where that cannot be done."""
-    compiler = next(
-        filter(None, (shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))), None
-    )
+    name = os.environ.get("CXX", "g++")
+    compiler = shutil.which(name)
     if compiler is None:
-        logger.warning("no C++ compiler (g++ or clang++) is here: torch's own operators compute, several times slower")
+        logger.warning("no C++ compiler (%s) is here: torch's own operators compute, which are slower", name)
         return None
     try:
         return Native(ctypes.CDLL(str(_compiled(compiler))))
     except (subprocess.CalledProcessError, OSError) as error:
         why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         logger.warning(
-            "%s cannot compile %s (%s): torch's own operators compute, several times slower",
+            "%s cannot compile %s (%s): torch's own operators compute, which are slower",
             compiler, SOURCE.name, why[0] if why else error,
         )  # fmt: skip
         return None
@@ -196,11 +194,10 @@ def load() -> Native | None:
 
 def _compiled(compiler: str) -> Path:
     """The library, kept by what made it: several machines may share a home, and have different CPUs."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    cpu = subprocess.run(
-        [compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True
-    ).stdout
-    key = hashlib.sha256("\0".join((version, cpu, *FLAGS, SOURCE.read_text())).encode()).hexdigest()[:16]
+    # What the compiler defines by itself: its version, and what this CPU has.
+    asked = [compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull]
+    defined = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    key = hashlib.sha256("\0".join((defined, *FLAGS, SOURCE.read_text())).encode()).hexdigest()[:16]
     path = cache_folder("native") / f"{key}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

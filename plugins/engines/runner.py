@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from plugins.engines import lean, native
 from plugins.engines.adapters import NONE, Adapters
-from plugins.engines.attention import Attention, NativeAttention, Tables, TorchAttention
+from plugins.engines.attention import Attention, NativeAttention, Rule, Tables, TorchAttention
 from plugins.engines.cache import Cache
 from plugins.engines.compiled import SIZES, Compiled
 from plugins.engines.layers import Embedding, Linear, Turns, Weights
@@ -56,9 +56,8 @@ class Runner:
         try:
             alone = [_alone(model, ids) for ids in PROBES]
             turns = Turns()
-            between = (
-                lean.Torch() if compiled or self._native is None else self._native
-            )  # a compiler sees through torch's
+            # torch.compile fuses torch's operators, and does not see into ours.
+            between = lean.Torch() if compiled or self._native is None else self._native
             self._forward, layers = lean.take_over(model, turns, weights, between) or _take_over(model, turns, weights)
             self.adapters = Adapters(layers, turns, self.dtype)
             self.tables = self._tables(self._shapes())
@@ -190,9 +189,9 @@ class _Recorder(Attention):
         self.shapes: dict[int, tuple[int, int, int]] = {}
         self.windows: set[int | None] = set()
 
-    def __call__(self, layer: int, query: Any, key: Any, value: Any, *, window: int | None = None, **_: Any) -> Any:
+    def __call__(self, layer: int, query: Any, key: Any, value: Any, rule: Rule) -> Any:
         self.shapes[layer] = (key.shape[1], key.shape[2], value.shape[2])
-        self.windows.add(window)
+        self.windows.add(rule.window)
         return value.new_zeros(*query.shape[:2], value.shape[2])
 
 
@@ -256,8 +255,6 @@ def _attention(
         query[0].transpose(0, 1).to(dtype),
         key[0].transpose(0, 1).to(dtype),
         value[0].transpose(0, 1),
-        scale=scale,
-        window=sliding_window,
-        softcap=softcap,
+        Rule(scale, sliding_window, softcap),
     )
     return result[None], None

@@ -36,8 +36,6 @@ model = ServedModel(
 )
 config = ServeConfig(models=(model,), port={port})
 """
-
-
 Command = Callable[[Path, int, int, Path, str], list[str]]
 
 
@@ -74,19 +72,9 @@ def transformers(model: Path, port: int, threads: int, files: Path, dtype: str) 
     # Its steps cost what the whole cache costs, used or not, and by itself it takes most of the memory for one. This much,
     # blocks of 256 tokens, holds 32 clients; with eight times as many it had a fifth of the speed.
     cache = ["--cb-num-blocks", "64", "--cb-max-batch-tokens", "512"]
-    options = [
-        "--continuous-batching",
-        *cache,
-        "--device",
-        "cpu",
-        "--dtype",
-        LONG[dtype],
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    return [str(Path(MAIN).parent / "transformers"), "serve", str(model), *options]
+    computing = ["--continuous-batching", *cache, "--device", "cpu", "--dtype", LONG[dtype]]
+    listening = ["--host", "127.0.0.1", "--port", str(port)]
+    return [str(Path(MAIN).parent / "transformers"), "serve", str(model), *computing, *listening]
 
 
 ENGINES = {  # those of ours, by the name of their contender
