@@ -114,21 +114,24 @@ class Int8:
 
 
 class Panels:
-    """native.cpp's, in fp32. Weights that bf16 can hold are kept so, which is exact and half as much to read.
+    """native.cpp's: of bf16 in the tiles of a CPU that has them (AMX), else in fp32.
 
+    Weights that bf16 can hold are kept so, which is exact and half as much to read.
     `scales`: what makes integers of them, where they are to be kept in 8 bits.
     """
 
     def __init__(
         self, native: Native, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None
     ) -> None:
-        self._native, self._dtype, self._outputs = native, weight.dtype, len(weight)
+        self._native, self._dtype, self._shape = native, weight.dtype, weight.shape
+        in_tiles = native.has_tiles and weight.dtype == torch.bfloat16
+        self._computes = torch.bfloat16 if in_tiles else torch.float32
         if scales is not None:
             kept = in_integers(weight, scales, "int8")
         else:
             kept = weight.bfloat16()
             kept = kept if torch.equal(kept.to(weight.dtype), weight) else weight
-        self._panels = native.panels(kept)
+        self._panels = native.panels(kept, in_tiles=in_tiles)
         self._scales = None if scales is None else scales.flatten().float()
         self._bias = None if bias is None else bias.float()
 
@@ -139,13 +142,13 @@ class Panels:
         return self._product(x, to)
 
     def _product(self, x: torch.Tensor, to: torch.Tensor | None) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1]).float().contiguous()
-        to = None if to is None else to.reshape(len(flat), -1).float().contiguous()
-        made = self._native.product(flat, self._panels, self._outputs, scales=self._scales, bias=self._bias, to=to)
+        flat = x.reshape(-1, x.shape[-1]).to(self._computes).contiguous()
+        to = None if to is None else to.reshape(len(flat), -1).to(self._computes).contiguous()
+        made = self._native.product(flat, self._panels, self._shape[0], scales=self._scales, bias=self._bias, to=to)
         return made.to(self._dtype).view(*x.shape[:-1], -1)
 
     def weight(self) -> torch.Tensor:
-        kept = self._panels.transpose(1, 2).flatten(0, 1)[: self._outputs]
+        kept = self._native.weight(self._panels, *self._shape)
         return kept.to(self._dtype) if self._scales is None else whole(kept, self._scales[:, None]).to(self._dtype)
 
 
@@ -159,7 +162,7 @@ def product(
         scales = scales_of(weight, "int8")
     on_cpu = weight.device.type == "cpu"
     in_bf16 = weight.dtype == torch.bfloat16 and hardware.has_bf16(weight.device)
-    if on_cpu and not in_bf16 and (own := native.load()):
+    if on_cpu and (own := native.load()) and (own.has_tiles or not in_bf16):
         return Panels(own, weight, bias, scales)
     if scales is not None:
         return Int8(weight, bias, scales)

@@ -17,6 +17,10 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -28,6 +32,7 @@ constexpr int LANES = 8, MOST_ROWS = 6, MOST_NARROW = 12;  // 12 of 16
 constexpr int LANES = 4, MOST_ROWS = 6, MOST_NARROW = 12;
 #endif
 constexpr int PANEL = 2 * LANES;
+constexpr long FEW = 4;          // rows
 constexpr long SMALL = 1 << 14;  // numbers: fewer are not worth waking the team for
 
 struct Bf16 {
@@ -55,25 +60,35 @@ inline float exponential(float x) {
 }
 
 using Floats = float __attribute__((vector_size(4 * LANES)));
+using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+using Integers = uint32_t __attribute__((vector_size(4 * LANES)));
 template <class V> inline V bits(const void *from) {
     V made;
     std::memcpy(&made, from, sizeof made);
     return made;
 }
-template <class T> inline Floats load(const T *from) {  // a loop that GCC makes one instruction of
-    float made[LANES];
-    for (int i = 0; i < LANES; i++) made[i] = widen(from[i]);
-    return bits<Floats>(made);
+// Of vectors, not a loop over numbers: that may be made of two halves, and what reads both then waits for both.
+inline Floats load(const float *from) { return bits<Floats>(from); }
+inline Floats load(const Bf16 *from) {
+    return Floats(__builtin_convertvector(bits<Halves>(from), Integers) << 16);
 }
+inline Floats load(const int8_t *from) {
 #if defined(__AVX512DQ__)
-template <> inline Floats load(const int8_t *from) {  // of this one, it does not
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
-}
 #elif defined(__AVX2__)
-template <> inline Floats load(const int8_t *from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from))));
-}
+#else
+    using Bytes = int8_t __attribute__((vector_size(LANES)));
+    return __builtin_convertvector(bits<Bytes>(from), Floats);
 #endif
+}
+
+template <class V> inline void store(V x, void *to) { std::memcpy(to, &x, sizeof x); }
+inline void narrow(Floats x, float *to) { store(x, to); }
+inline void narrow(Floats x, Bf16 *to) {
+    Integers made = Integers(x);
+    store(__builtin_convertvector((made + 0x7fff + (made >> 16 & 1)) >> 16, Halves), to);
+}
 
 // Neighbours first, then halves onto halves: a sum is made in the same order whether alone or with three more.
 using Four = float __attribute__((vector_size(16)));
@@ -102,70 +117,98 @@ template <class T> inline float squares(const T *x, long count) {
 
 // Products
 
-struct Product {
+// Good until the next call.
+inline const float *widened(const float *x, long) { return x; }
+inline const float *widened(const Bf16 *x, long count) {
+    static thread_local std::vector<float> made;
+    made.resize(count);
+    for (long i = 0; i < count; i++) made[i] = widen(x[i]);
+    return made.data();
+}
+
+template <class X> struct Product {
     long rows, inputs, outputs;
-    const float *x;       // [rows, inputs]
-    const void *panels;   // [panels, inputs, PANEL]: the weights of PANEL outputs side by side, zeros after the last
+    const X *x;           // [rows, inputs]
+    // Of PANEL outputs each, zeros after the last: [panels, inputs / 2, 2, 2, LANES], a panel's halves and in each the weights
+    // of two inputs; for bf16 in tiles [..., 2, LANES, 2]. There inputs are a multiple of 32, else of 2.
+    const void *panels;
     const float *scales;  // [outputs], or null
     const float *bias;    // [outputs], or null
-    const float *to;      // [rows, outputs], what the product is added to, or null
-    float *result;        // [rows, outputs]
+    const X *to;          // [rows, outputs], what the product is added to, or null
+    X *result;            // [rows, outputs]
 };
 
-// ROWS rows, from row `first` on, times VECTORS vectors of weights: those of the outputs from `at` on, in panels that follow
-// each other. The sums stay in registers. Each is made in the order of the inputs, so that a row's numbers are the same to
-// the bit whatever rows are beside it.
-template <class W, int ROWS, int VECTORS>
-__attribute__((noinline)) void block(const Product &p, const W *weights, long at, long first) {
-    const float *x = p.x + first * p.inputs;
-    Floats sums[ROWS][VECTORS] = {};
-    for (long k = 0; k < p.inputs; k++) {
-        Floats mine[VECTORS];
-        for (int v = 0; v < VECTORS; v++) mine[v] = load(weights + (v / 2 * p.inputs + k) * PANEL + v % 2 * LANES);
-        for (int row = 0; row < ROWS; row++)
-            for (int v = 0; v < VECTORS; v++) sums[row][v] += mine[v] * x[row * p.inputs + k];
+// What the sums of a row make of the outputs from `at` on.
+template <class X> inline void finish(const Product<X> &p, long row, long at, const float *sums, long count) {
+    long place = row * p.outputs + at, i = 0;
+    count = std::min(count, p.outputs - at);
+    for (; i + LANES <= count; i += LANES) {
+        Floats value = load(sums + i);
+        if (p.scales) value *= load(p.scales + at + i);
+        if (p.bias) value += load(p.bias + at + i);
+        if (p.to) value += load(p.to + place + i);
+        narrow(value, p.result + place + i);
     }
+    for (; i < count; i++) {
+        float value = sums[i];
+        if (p.scales) value *= p.scales[at + i];
+        if (p.bias) value += p.bias[at + i];
+        if (p.to) value += widen(p.to[place + i]);
+        narrow(value, p.result[place + i]);
+    }
+}
+
+// ROWS rows of `x`, from row `first` on, times VECTORS vectors of weights: those of the outputs from `at` on, in panels that
+// follow each other. The sums stay in registers. Each is made in the order of the inputs, so that a row's numbers are the
+// same to the bit whatever rows are beside it.
+template <class W, int ROWS, int VECTORS, class X>
+__attribute__((noinline)) void block(const Product<X> &p, const float *x, const W *weights, long at, long first) {
+    x += first * p.inputs;
+    Floats sums[ROWS][VECTORS] = {};
+    for (long k = 0; k < p.inputs; k += 2)
+        for (int second = 0; second < 2; second++) {
+            const W *those = weights + k * PANEL + second * LANES;
+            Floats mine[VECTORS];
+            for (int v = 0; v < VECTORS; v++) mine[v] = load(those + (v / 2 * p.inputs + v % 2) * PANEL);
+            for (int row = 0; row < ROWS; row++)
+                for (int v = 0; v < VECTORS; v++) sums[row][v] += mine[v] * x[row * p.inputs + k + second];
+        }
     for (int row = 0; row < ROWS; row++) {
         float sum[VECTORS * LANES];
         std::memcpy(sum, sums[row], sizeof sum);
-        long place = (first + row) * p.outputs + at;
-        for (int i = 0; i < std::min<long>(VECTORS * LANES, p.outputs - at); i++) {
-            float value = sum[i];
-            if (p.scales) value *= p.scales[at + i];
-            if (p.bias) value += p.bias[at + i];
-            if (p.to) value += p.to[place + i];
-            p.result[place + i] = value;
-        }
+        finish(p, first + row, at, sum, VECTORS * LANES);
     }
 }
 
 // As `block`, of `rows` rows, at most ROWS, and whole panels. Few rows take several panels at once, since a sum has to wait
 // for what was added before; more than MOST_ROWS take half a panel.
-template <class W, int ROWS = MOST_NARROW>
-void block(const Product &p, const W *weights, long at, long panels, long first, long rows) {
+template <class W, int ROWS = MOST_NARROW, class X>
+void blocks(const Product<X> &p, const float *x, const W *weights, long at, long panels, long first, long rows) {
     if (rows < ROWS) {
-        if constexpr (ROWS > 1) block<W, ROWS - 1>(p, weights, at, panels, first, rows);
+        if constexpr (ROWS > 1) blocks<W, ROWS - 1>(p, x, weights, at, panels, first, rows);
         return;
     }
     constexpr int SIDE_BY_SIDE = 4 * ROWS <= MOST_ROWS ? 4 : 2 * ROWS <= MOST_ROWS ? 2 : 1;
     while (panels > 0) {
         int done = panels >= SIDE_BY_SIDE ? SIDE_BY_SIDE : 1;
         if constexpr (ROWS > MOST_ROWS) {
-            block<W, ROWS, 1>(p, weights, at, first);
-            block<W, ROWS, 1>(p, weights + LANES, at + LANES, first);
+            block<W, ROWS, 1>(p, x, weights, at, first);
+            block<W, ROWS, 1>(p, x, weights + PANEL, at + LANES, first);
         } else if (done > 1) {
-            block<W, ROWS, 2 * SIDE_BY_SIDE>(p, weights, at, first);
+            block<W, ROWS, 2 * SIDE_BY_SIDE>(p, x, weights, at, first);
         } else {
-            block<W, ROWS, 2>(p, weights, at, first);
+            block<W, ROWS, 2>(p, x, weights, at, first);
         }
         panels -= done, at += done * PANEL, weights += done * PANEL * p.inputs;
     }
 }
 
-template <class W> void product(const Product &p) {
+// In fp32.
+template <class W, class X> void product(const Product<X> &p) {
     long panels = (p.outputs + PANEL - 1) / PANEL, size = p.inputs * PANEL;
     bool few = p.rows <= MOST_NARROW, widens = !few && !std::is_same_v<W, float>;  // for many rows a panel is widened once
     long parts = few ? 1 : (p.rows + MOST_ROWS - 1) / MOST_ROWS, together = few ? 4 : 1;
+    const float *x = widened(p.x, p.rows * p.inputs);
 #pragma omp parallel
     {
         static thread_local std::vector<float> wide;
@@ -174,17 +217,107 @@ template <class W> void product(const Product &p) {
 #pragma omp for schedule(dynamic, 1)
         for (long panel = 0; panel < panels; panel += together) {
             const W *weights = static_cast<const W *>(p.panels) + panel * size;
-            for (long i = 0; widens && i < size; i++) wide[i] = widen(weights[i]);
+            for (long i = 0; widens && i < size; i += LANES) store(load(weights + i), &wide[i]);
             for (long part = 0; part < parts; part++) {  // as even as can be: a single row would take as long as three
                 long first = p.rows * part / parts, rows = p.rows * (part + 1) / parts - first;
                 if (widens)
-                    block<float>(p, wide.data(), panel * PANEL, 1, first, rows);
+                    blocks<float>(p, x, wide.data(), panel * PANEL, 1, first, rows);
                 else
-                    block<W>(p, weights, panel * PANEL, std::min(together, panels - panel), first, rows);
+                    blocks<W>(p, x, weights, panel * PANEL, std::min(together, panels - panel), first, rows);
             }
         }
     }
 }
+
+#if defined(__AMX_BF16__)
+
+constexpr long TILE = 16;  // rows
+
+struct alignas(64) Tiles {  // what is in them, as ldtilecfg reads it
+    uint8_t palette = 1, start = 0, none[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+    // 0 to 3: sums, [rows, 16 outputs]. 4, 5: of x, [rows, 32 inputs]. 6, 7: of weights, [16 pairs of inputs, 16 outputs].
+    explicit Tiles(long count) {
+        for (int upper : {0, 1, 4}) rows[upper] = std::min(count, TILE);
+        for (int lower : {2, 3, 5}) rows[lower] = std::max(count - TILE, 1L);
+        for (int weights : {6, 7}) rows[weights] = TILE;
+    }
+};
+
+// What was written before is in memory then: GCC's intrinsics do not say that the instructions for tiles read it.
+inline void written(const void *where) { asm volatile("" ::"r"(where) : "memory"); }
+
+// At most 32 rows times a panel.
+void tiles(const Product<Bf16> &p, const Bf16 *weights, long at, long first, long rows) {
+    alignas(64) float sums[2 * TILE][PANEL];
+    const Bf16 *x = p.x + first * p.inputs;
+    long across = p.inputs * sizeof(Bf16), panel = 2 * PANEL * sizeof(Bf16);
+    bool both = rows > TILE;
+    written(weights);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long k = 0; k < p.inputs; k += 2 * TILE, weights += 2 * TILE * PANEL) {
+        _tile_loadd(4, x + k, across);
+        _tile_loadd(6, weights, panel);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, weights + PANEL, panel);
+        _tile_dpbf16ps(1, 4, 7);
+        if (both) {
+            _tile_loadd(5, x + TILE * p.inputs + k, across);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums[0], sizeof sums[0]);
+    _tile_stored(1, sums[0] + TILE, sizeof sums[0]);
+    if (both) {
+        _tile_stored(2, sums[TILE], sizeof sums[0]);
+        _tile_stored(3, sums[TILE] + TILE, sizeof sums[0]);
+    }
+    for (long row = 0; row < rows; row++) finish(p, first + row, at, sums[row], PANEL);
+}
+
+// A vector's weights for two inputs, side by side as the CPU multiplies them. Small integers need only a float's upper half.
+inline Integers pairs(const int8_t *from) { return Integers(load(from)) >> 16 | Integers(load(from + LANES)); }
+
+// In bf16, with sums in fp32, in the CPU's tiles.
+template <class W> void in_tiles(const Product<Bf16> &p) {
+    constexpr bool WIDENS = !std::is_same_v<W, Bf16>;
+    long panels = (p.outputs + PANEL - 1) / PANEL, size = p.inputs * PANEL, most = 2 * TILE;
+#pragma omp parallel
+    {
+        static thread_local std::vector<Bf16> wide;
+        if (WIDENS && long(wide.size()) < size) wide.resize(size);
+        long configured = 0;
+#pragma omp for schedule(dynamic, 1)
+        for (long panel = 0; panel < panels; panel++) {
+            const W *kept = static_cast<const W *>(p.panels) + panel * size;
+            const Bf16 *weights;
+            if constexpr (WIDENS) {
+                for (long i = 0; i < size; i += 2 * LANES) store(pairs(kept + i), &wide[i]);
+                weights = wide.data();
+            } else {
+                weights = kept;
+            }
+            for (long first = 0; first < p.rows; first += most) {
+                long rows = std::min(most, p.rows - first);
+                if (rows != configured) {
+                    Tiles of(rows);
+                    written(&of);
+                    _tile_loadconfig(&of);
+                    configured = rows;
+                }
+                tiles(p, weights, panel * PANEL, first, rows);
+            }
+        }
+        _tile_release();
+    }
+}
+
+#endif
 
 // What lies between them
 
@@ -220,6 +353,7 @@ void rotate(long tokens, long heads, long width, T *x, long stride, const T *cos
         const T *cosine = cosines + token * width, *sine = sines + token * width;
         for (long head = 0; head < heads; head++) {
             T *left = x + token * stride + head * width, *right = left + half;
+#pragma omp simd
             for (long i = 0; i < half; i++) {
                 float a = widen(left[i]), b = widen(right[i]);
                 narrow(a * widen(cosine[i]) + b * widen(sine[i]), left[i]);  // that half of the sines is negative
@@ -391,9 +525,22 @@ extern "C" {
 long manta_panel() { return PANEL; }
 long manta_threads() { return omp_get_max_threads(); }
 
-void manta_product_fp32(const Product *p) { product<float>(*p); }
-void manta_product_bf16(const Product *p) { product<Bf16>(*p); }
-void manta_product_int8(const Product *p) { product<int8_t>(*p); }
+void manta_product_fp32(const Product<float> *p) { product<float>(*p); }
+void manta_product_bf16(const Product<float> *p) { product<Bf16>(*p); }
+void manta_product_int8(const Product<float> *p) { product<int8_t>(*p); }
+
+#if defined(__AMX_BF16__)
+long manta_has_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+void manta_tiles_bf16(const Product<Bf16> *p) { in_tiles<Bf16>(*p); }
+void manta_tiles_int8(const Product<Bf16> *p) {
+    if (p->rows <= FEW)  // a panel takes longer to be widened than to be multiplied
+        product<int8_t>(*p);
+    else
+        in_tiles<int8_t>(*p);
+}
+#else
+long manta_has_tiles() { return 0; }
+#endif
 
 #define OF(TYPE, T)                                                                                                      \
     void manta_norm_##TYPE(long tokens, long heads, long width, const T *x, long stride, const T *weight, float eps,     \

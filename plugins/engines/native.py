@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from plugins.cache_folder import cache_folder
 
@@ -83,6 +84,7 @@ class Native:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self.panel: int = library.manta_panel()
+        self.has_tiles = bool(library.manta_has_tiles())  # products of bf16, in AMX
         self.threads: Callable[[], int] = library.manta_threads  # of the team that it computes with
         sizes = [c_long, c_long, c_long]
         for name in ("fp32", "bf16"):
@@ -93,13 +95,20 @@ class Native:
     def _function(self, what: str, kind: str) -> Any:
         return getattr(self._library, f"manta_{what}_{kind}")
 
-    def panels(self, weight: torch.Tensor) -> torch.Tensor:
-        """[out, in] -> [panels, in, outputs of a panel], as `product` reads it."""
+    def panels(self, weight: torch.Tensor, *, in_tiles: bool = False) -> torch.Tensor:
+        """[out, in] -> what `product` reads, of x in fp32, or with `in_tiles` in bf16: see Product in native.cpp."""
         outputs, inputs = weight.shape
-        count = -(-outputs // self.panel)
-        padded = weight.new_zeros(count * self.panel, inputs)
-        padded[:outputs] = weight
-        return padded.view(count, self.panel, inputs).transpose(1, 2).contiguous()
+        count, deep = -(-outputs // self.panel), 32 if in_tiles else 2
+        padded = weight.new_zeros(count * self.panel, -(-inputs // deep) * deep)
+        padded[:outputs, :inputs] = weight
+        halves = padded.view(count, 2, self.panel // 2, -1, 2)  # [panels, halves, lanes, pairs of inputs, 2]
+        in_pairs = in_tiles and weight.dtype == torch.bfloat16
+        return halves.permute(0, 3, 1, *((2, 4) if in_pairs else (4, 2))).contiguous()
+
+    def weight(self, panels: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
+        """What `panels` were made of: [out, in]."""
+        halves = panels.permute(0, 2, *((3, 1, 4) if panels.shape[-1] == 2 else (4, 1, 3)))
+        return halves.reshape(len(panels) * self.panel, -1)[:outputs, :inputs]
 
     def product(
         self,
@@ -111,14 +120,17 @@ class Native:
         bias: torch.Tensor | None = None,
         to: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """fp32 [rows, out] of fp32 `x` [rows, in]: times the weights, times `scales` [out], plus `bias` [out], plus `to`.
+        """[rows, out] of `x` [rows, in]: times the weights, times fp32 `scales` [out], plus fp32 `bias` [out], plus `to`.
 
-        `panels`: of weights in fp32, bf16 or int8. A row's numbers are the same to the bit, whatever rows are beside it.
+        x, `to` and what is made are in fp32; in bf16 where `panels` are to be multiplied in tiles. Sums are fp32 always. A
+        row's numbers are the same to the bit, whatever rows are beside it; but with integers in tiles, beside up to three.
         """
+        if missing := 2 * panels.shape[1] - x.shape[1]:
+            x = functional.pad(x, (0, missing))
         result = x.new_empty(len(x), outputs)
         rest = [None if tensor is None else tensor.data_ptr() for tensor in (scales, bias, to)]
         made = _Product(len(x), x.shape[1], outputs, x.data_ptr(), panels.data_ptr(), *rest, result.data_ptr())
-        self._function("product", NAMES[panels.dtype])(byref(made))
+        self._function("tiles" if x.dtype == torch.bfloat16 else "product", NAMES[panels.dtype])(byref(made))
         return result
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
