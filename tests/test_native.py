@@ -63,11 +63,41 @@ def test_a_product_is_right_and_a_row_is_the_same_to_the_bit_beside_any_others(
     torch.testing.assert_close(bare.double(), x.double() @ whole.T, **tolerance)
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.int8])
+def test_a_product_in_tiles_is_right_and_a_row_is_the_same_beside_any_others(
+    kernels: Native, inputs: int, outputs: int, weights: torch.dtype
+) -> None:
+    if not kernels.has_tiles:
+        pytest.skip("this CPU has no AMX")
+    weight = (random(outputs, inputs) * (40 if weights == torch.int8 else 1)).to(weights)
+    scales = random(outputs, seed=1) if weights == torch.int8 else None
+    x, to = (random(100, size, dtype=torch.bfloat16, seed=2) for size in (inputs, outputs))
+    bias = random(outputs, seed=3)
+    whole = weight.double() * (1 if scales is None else scales.double()[:, None])
+    wanted = functional.linear(x.double(), whole, bias.double()) + to
+    panels = kernels.panels(weight, in_tiles=True)
+    assert torch.equal(kernels.weight(panels, outputs, inputs), weight)
+
+    def product(rows: slice) -> torch.Tensor:
+        return kernels.product(x[rows], panels, outputs, scales=scales, bias=bias, to=to[rows])
+
+    all_rows = product(slice(None))
+    torch.testing.assert_close(all_rows.double(), wanted, rtol=2**-8, atol=2**-8 * wanted.abs().max().item())
+    few = 4 if weights == torch.int8 else 0  # there 8-bit weights are not multiplied in tiles
+    counts = (1, 3, 5, 15, 16, 17, 31, 32, 33, 64, 77)
+    for count in counts:
+        made = product(slice(0, count))
+        alike = all_rows[:count] if count > few else torch.cat([product(slice(row, row + 1)) for row in range(count)])
+        assert torch.equal(made, alike), count
+        torch.testing.assert_close(made.double(), wanted[:count], rtol=2**-8, atol=2**-8 * wanted.abs().max().item())
+
+
 def test_weights_that_are_bf16_are_kept_so_and_others_are_not_rounded(kernels: Native) -> None:
     narrow, wide = random(32, 64, dtype=torch.bfloat16).float(), random(32, 64)
     for weight, dtype in ((narrow, torch.bfloat16), (wide, torch.float32)):
         made = Panels(kernels, weight, None, None)
-        assert made._panels.dtype == dtype
+        assert made.panels.dtype == dtype
         assert torch.equal(made.weight(), weight)
 
 

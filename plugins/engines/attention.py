@@ -242,7 +242,7 @@ class NativeAttention(Attention):
         keys, values = np.stack(
             [place.slab.tables.addresses + place.row * place.slab.tables.sizes for place in places], axis=-1
         )
-        self._rows = Rows(
+        self.rows = Rows(
             keys,
             values,
             capacities=[place.slab.capacity for place in places],
@@ -254,7 +254,7 @@ class NativeAttention(Attention):
     def __call__(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule
     ) -> torch.Tensor:
-        return self._native.attend(self._rows, layer, query, key, value, *rule)
+        return self._native.attend(self.rows, layer, query, key, value, *rule)
 
 
 def _attend(

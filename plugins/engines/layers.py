@@ -123,17 +123,17 @@ class Panels:
     def __init__(
         self, native: Native, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None
     ) -> None:
-        self._native, self._dtype, self._shape = native, weight.dtype, weight.shape
+        self._native, self._dtype, self.shape = native, weight.dtype, weight.shape
         in_tiles = native.has_tiles and weight.dtype == torch.bfloat16
-        self._computes = torch.bfloat16 if in_tiles else torch.float32
+        self.computes = torch.bfloat16 if in_tiles else torch.float32
         if scales is not None:
             kept = in_integers(weight, scales, "int8")
         else:
             kept = weight.bfloat16()
             kept = kept if torch.equal(kept.to(weight.dtype), weight) else weight
-        self._panels = native.panels(kept, in_tiles=in_tiles)
-        self._scales = None if scales is None else scales.flatten().float()
-        self._bias = None if bias is None else bias.float()
+        self.panels = native.panels(kept, in_tiles=in_tiles)
+        self.scales = None if scales is None else scales.flatten().float()
+        self.bias = None if bias is None else bias.float()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._product(x, None)
@@ -142,14 +142,14 @@ class Panels:
         return self._product(x, to)
 
     def _product(self, x: torch.Tensor, to: torch.Tensor | None) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1]).to(self._computes).contiguous()
-        to = None if to is None else to.reshape(len(flat), -1).to(self._computes).contiguous()
-        made = self._native.product(flat, self._panels, self._shape[0], scales=self._scales, bias=self._bias, to=to)
+        flat = x.reshape(-1, x.shape[-1]).to(self.computes).contiguous()
+        to = None if to is None else to.reshape(len(flat), -1).to(self.computes).contiguous()
+        made = self._native.product(flat, self.panels, self.shape[0], scales=self.scales, bias=self.bias, to=to)
         return made.to(self._dtype).view(*x.shape[:-1], -1)
 
     def weight(self) -> torch.Tensor:
-        kept = self._native.weight(self._panels, *self._shape)
-        return kept.to(self._dtype) if self._scales is None else whole(kept, self._scales[:, None]).to(self._dtype)
+        kept = self._native.weight(self.panels, *self.shape)
+        return kept.to(self._dtype) if self.scales is None else whole(kept, self.scales[:, None]).to(self._dtype)
 
 
 def product(
@@ -221,19 +221,19 @@ class Linear(torch.nn.Module):
         scales = [layer.weight_scale for layer in layers if hasattr(layer, "weight_scale")]  # see quantized_files
         known = torch.cat(scales) if len(scales) == len(layers) else None
         weight = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
-        self._product = product(weight, self.bias, weights, known)
+        self.product = product(weight, self.bias, weights, known)
         self._turns, self._of_wanted = turns, of_wanted
         self.hidden: Callable[..., torch.Tensor] | None = None  # x, to -> as `added`: what a compiler sees
 
     @property
     def weight(self) -> torch.Tensor:
         """[out, in]; made anew, for a model that asks what its layer is like."""
-        return self._product.weight()
+        return self.product.weight()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.hidden is not None and torch.compiler.is_compiling():
             return self.hidden(x, None)
-        result = self._product(x)
+        result = self.product(x)
         turns = self._whose()
         return self._changed(x, result, turns) if turns and self.changes else result
 
@@ -243,7 +243,7 @@ class Linear(torch.nn.Module):
             return self.hidden(x, to)
         if self.changes and self._whose():
             return to + self.forward(x)
-        return self._product.added(x, to)
+        return self.product.added(x, to)
 
     def _whose(self) -> list[tuple[str, torch.Tensor | None]]:
         return self._turns.wanted if self._of_wanted else self._turns.tokens

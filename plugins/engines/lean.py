@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch.nn import functional
 
-from plugins.engines.attention import Rule
+from plugins.engines.attention import NativeAttention, Rule
 from plugins.engines.layers import Embedding, Linear, Turns, Weights
+from plugins.engines.native import Native
+from plugins.engines.native_layers import NativeLayers
 
 if TYPE_CHECKING:
     from plugins.engines.runner import Step
@@ -49,8 +51,13 @@ class Lean:
         self._blocks = []
         for number, layer in enumerate(core.layers):
             is_last = number == len(core.layers) - 1
-            self._blocks.append(_Block(layer, number, is_last, turns, weights, between, self._known))
+            self._blocks.append(Block(layer, number, is_last, turns, weights, between, self._known))
             core.layers[number] = torch.nn.Identity()  # its weights are in our layers now
+        *ahead, _ = self._blocks
+        self._ahead: NativeLayers | None = None
+        self._turns = turns
+        if isinstance(between, Native) and NativeLayers.can(ahead, core.embed_tokens.weight.dtype):
+            self._ahead = NativeLayers(between, ahead)
 
     def __call__(self, step: "Step") -> torch.Tensor:
         hidden: torch.Tensor = self._embed(step.ids)
@@ -58,7 +65,10 @@ class Lean:
         # To turn a vector by half its length and to change the sign of the first half is what rotates it.
         half = sin.shape[-1] // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        for block in self._blocks:
+        blocks = self._blocks
+        if self._ahead is not None and not self._turns.tokens and isinstance(step.attention, NativeAttention):
+            hidden, blocks = self._ahead(hidden, cos, sin, step.attention.rows), blocks[-1:]
+        for block in blocks:
             hidden = block(hidden, cos, sin, step)
         logits: torch.Tensor = self._head(self._norm(hidden))
         return logits
@@ -68,7 +78,7 @@ class Lean:
         return layer
 
 
-class _Block:
+class Block:
     """One layer: x [tokens, width] -> the same; of the last one, what the step wants to know: [wanted, width].
 
     Of a prompt's other tokens nobody reads more there than the keys and values.
@@ -85,9 +95,9 @@ class _Block:
         known: Callable[..., Any],
     ) -> None:
         attention = layer.self_attn
-        self._number, self._width, self._is_last = number, attention.head_dim, is_last
+        self._number, self.width, self._is_last = number, attention.head_dim, is_last
         everywhere = getattr(attention.config, "sliding_window", None)
-        self._rule = Rule(attention.scaling, getattr(attention, "sliding_window", everywhere))
+        self.rule = Rule(attention.scaling, getattr(attention, "sliding_window", everywhere))
 
         def linear(part: str, *names: str, of_wanted: bool = is_last) -> Linear:
             module = getattr(layer, part)
@@ -95,40 +105,41 @@ class _Block:
             known({f"model.layers.{number}.{part}.{name}": at for at, name in enumerate(names)}, made)
             return made
 
-        self._qkv = linear("self_attn", "q_proj", "k_proj", "v_proj", of_wanted=False)
-        self._o = linear("self_attn", "o_proj")
-        self._gate_up = linear("mlp", "gate_proj", "up_proj")
-        self._down = linear("mlp", "down_proj")
+        self.qkv = linear("self_attn", "q_proj", "k_proj", "v_proj", of_wanted=False)
+        self.o = linear("self_attn", "o_proj")
+        self.gate_up = linear("mlp", "gate_proj", "up_proj")
+        self.down = linear("mlp", "down_proj")
         self._between = between
         self._before = _Norm(layer.input_layernorm, between)
         self._after = _Norm(layer.post_attention_layernorm, between)
         self._q_norm = _Norm(attention.q_norm, between) if hasattr(attention, "q_norm") else None
         self._k_norm = _Norm(attention.k_norm, between) if hasattr(attention, "k_norm") else None
-        self._heads, self._kv_heads, _ = (outputs // self._width for outputs in self._qkv.outputs)
+        self.norms = (self._before, self._after, self._q_norm, self._k_norm)
+        self.heads, self.kv_heads, _ = (outputs // self.width for outputs in self.qkv.outputs)
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: "Step") -> torch.Tensor:
-        heads = self._qkv(self._before(x)).view(len(x), -1, self._width)
-        turned, value = heads[:, : self._heads + self._kv_heads], heads[:, self._heads + self._kv_heads :]
+        heads = self.qkv(self._before(x)).view(len(x), -1, self.width)
+        turned, value = heads[:, : self.heads + self.kv_heads], heads[:, self.heads + self.kv_heads :]
         if self._q_norm is not None and self._k_norm is not None:
-            queries, keys = turned.split((self._heads, self._kv_heads), 1)
+            queries, keys = turned.split((self.heads, self.kv_heads), 1)
             turned = torch.cat((self._q_norm(queries), self._k_norm(keys)), 1)
         turned = self._between.rotate(turned, cos, sin)
-        query, key = turned[:, : self._heads], turned[:, self._heads :]
-        seen = step.attention(self._number, query, key, value, self._rule).flatten(1)
+        query, key = turned[:, : self.heads], turned[:, self.heads :]
+        seen = step.attention(self._number, query, key, value, self.rule).flatten(1)
         if self._is_last:
             seen, x = seen[step.wanted], x[step.wanted]
-        x = self._o.added(seen, x)
-        return self._down.added(self._between.gate(self._gate_up(self._after(x))), x)
+        x = self.o.added(seen, x)
+        return self.down.added(self._between.gate(self.gate_up(self._after(x))), x)
 
 
 class _Norm:
     """RMSNorm (arXiv 1910.07467) over the last dimension, of one of the model's layers."""
 
     def __init__(self, layer: Any, between: "Between") -> None:
-        self._weight, self._eps, self._norm = layer.weight.data, layer.variance_epsilon, between.norm
+        self.weight, self.eps, self._norm = layer.weight.data, layer.variance_epsilon, between.norm
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._norm(x, self._weight, self._eps)
+        return self._norm(x, self.weight, self.eps)
 
 
 class Between(Protocol):

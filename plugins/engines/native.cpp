@@ -286,6 +286,7 @@ inline Integers pairs(const int8_t *from) { return Integers(load(from)) >> 16 | 
 // In bf16, with sums in fp32, in the CPU's tiles.
 template <class W> void in_tiles(const Product<Bf16> &p) {
     constexpr bool WIDENS = !std::is_same_v<W, Bf16>;
+    if (WIDENS && p.rows <= FEW) return product<W>(p);  // a panel takes longer to be widened than to be multiplied
     long panels = (p.outputs + PANEL - 1) / PANEL, size = p.inputs * PANEL, most = 2 * TILE;
 #pragma omp parallel
     {
@@ -321,13 +322,14 @@ template <class W> void in_tiles(const Product<Bf16> &p) {
 
 // What lies between them
 
-// RMSNorm of each of `heads` heads of a token; a token's others, up to `stride`, are passed over.
+// RMSNorm of each of `heads` heads of a token; a token's others, up to `stride`, are passed over. `result` may be x, or dense.
 template <class T>
 void norm(long tokens, long heads, long width, const T *x, long stride, const T *weight, float eps, T *result) {
+    long apart = result == x ? stride : heads * width;
 #pragma omp parallel for schedule(static) if (tokens * heads * width > SMALL)
     for (long row = 0; row < tokens * heads; row++) {
         const T *from = x + row / heads * stride + row % heads * width;
-        T *to = result + row * width;
+        T *to = result + row / heads * apart + row % heads * width;
         float factor = 1 / std::sqrt(squares(from, width) / float(width) + eps);
         for (long i = 0; i < width; i++) narrow(widen(from[i]) * factor * widen(weight[i]), to[i]);
     }
@@ -518,6 +520,75 @@ template <class T> void attend(const Heads &h) {
     }
 }
 
+// Whole layers, one after another: what lean.py computes operator by operator, in as many calls from Python
+
+struct Weights {
+    const void *panels;
+    const float *scales, *bias;
+    long inputs, outputs, kind;  // fp32, bf16, int8
+};
+
+struct Layer {
+    Weights qkv, o, gate_up, down;
+    const void *before, *after, *of_query, *of_key;  // RMSNorms; the last two may be null
+    float eps, scale;
+    long window;
+};
+
+struct Layers {
+    long count, heads, width;  // of a query; the KV heads' are in `rows`
+    const Layer *layers;
+    long tokens;
+    void *x;  // [tokens, inputs]: what goes in, and what comes out
+    const void *cosines, *sines;
+    Heads rows;  // `keys` and `values` those of the first layer
+};
+
+template <class T> void multiply(const Weights &w, long rows, const T *x, const T *to, T *result) {
+    Product<T> p{rows, w.inputs, w.outputs, x, w.panels, w.scales, w.bias, to, result};
+    if constexpr (std::is_same_v<T, float>) {
+        w.kind == 0 ? product<float>(p) : w.kind == 1 ? product<Bf16>(p) : product<int8_t>(p);
+    } else {
+#if defined(__AMX_BF16__)
+        w.kind == 1 ? in_tiles<Bf16>(p) : in_tiles<int8_t>(p);
+#endif
+    }
+}
+
+template <class T> void layers(const Layers &all) {
+    const Layer &like = *all.layers;
+    long tokens = all.tokens, width = all.width, kv_heads = all.rows.kv_heads, turned = all.heads + kv_heads;
+    long stride = like.qkv.outputs, inputs = like.qkv.inputs, inner = like.down.inputs;
+    static thread_local std::vector<T> scratch;
+    scratch.resize(tokens * (inputs + stride + like.o.inputs + 3 * inner));
+    T *x = static_cast<T *>(all.x), *normed = scratch.data(), *heads = normed + tokens * inputs;
+    T *seen = heads + tokens * stride, *both = seen + tokens * like.o.inputs, *gated = both + 2 * tokens * inner;
+    const T *cosines = static_cast<const T *>(all.cosines), *sines = static_cast<const T *>(all.sines);
+    Heads h = all.rows;
+    h.query = heads, h.key = heads + all.heads * width, h.value = heads + turned * width;
+    h.query_stride = h.key_stride = h.value_stride = stride;
+    h.result = seen;
+    for (long i = 0; i < all.count; i++) {
+        const Layer &layer = all.layers[i];
+        norm<T>(tokens, 1, inputs, x, inputs, static_cast<const T *>(layer.before), layer.eps, normed);
+        multiply<T>(layer.qkv, tokens, normed, nullptr, heads);
+        if (layer.of_query) {
+            T *keys = heads + all.heads * width;
+            norm<T>(tokens, all.heads, width, heads, stride, static_cast<const T *>(layer.of_query), layer.eps, heads);
+            norm<T>(tokens, kv_heads, width, keys, stride, static_cast<const T *>(layer.of_key), layer.eps, keys);
+        }
+        rotate<T>(tokens, turned, width, heads, stride, cosines, sines);
+        h.scale = layer.scale, h.window = layer.window;
+        attend<T>(h);
+        h.keys += h.sequences, h.values += h.sequences;
+        multiply<T>(layer.o, tokens, seen, x, x);
+        norm<T>(tokens, 1, inputs, x, inputs, static_cast<const T *>(layer.after), layer.eps, normed);
+        multiply<T>(layer.gate_up, tokens, normed, nullptr, both);
+        gate<T>(tokens, inner, both, gated);
+        multiply<T>(layer.down, tokens, gated, x, x);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -532,12 +603,7 @@ void manta_product_int8(const Product<float> *p) { product<int8_t>(*p); }
 #if defined(__AMX_BF16__)
 long manta_has_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
 void manta_tiles_bf16(const Product<Bf16> *p) { in_tiles<Bf16>(*p); }
-void manta_tiles_int8(const Product<Bf16> *p) {
-    if (p->rows <= FEW)  // a panel takes longer to be widened than to be multiplied
-        product<int8_t>(*p);
-    else
-        in_tiles<int8_t>(*p);
-}
+void manta_tiles_int8(const Product<Bf16> *p) { in_tiles<int8_t>(*p); }
 #else
 long manta_has_tiles() { return 0; }
 #endif
@@ -551,7 +617,8 @@ long manta_has_tiles() { return 0; }
     void manta_rotate_##TYPE(long tokens, long heads, long width, T *x, long stride, const T *cosines, const T *sines) { \
         rotate<T>(tokens, heads, width, x, stride, cosines, sines);                                                      \
     }                                                                                                                    \
-    void manta_attend_##TYPE(const Heads *h) { attend<T>(*h); }
+    void manta_attend_##TYPE(const Heads *h) { attend<T>(*h); }                                                          \
+    void manta_layers_##TYPE(const Layers *all) { layers<T>(*all); }
 
 OF(fp32, float)
 OF(bf16, Bf16)

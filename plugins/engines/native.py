@@ -42,7 +42,7 @@ class _Product(Structure):
     ]
 
 
-class _Heads(Structure):
+class Heads(Structure):
     """As in native.cpp."""
 
     _fields_ = [
@@ -75,7 +75,8 @@ class Rows:
         starts: Sequence[int],
     ) -> None:
         self.keys, self.values = np.ascontiguousarray(keys), np.ascontiguousarray(values)
-        self.each = [np.array(numbers, np.int64) for numbers in (capacities, firsts, counts, starts)]
+        told = {"capacities": capacities, "firsts": firsts, "counts": counts, "starts": starts}
+        self.each = {name: np.array(numbers, np.int64) for name, numbers in told.items()}
 
 
 class Native:
@@ -87,13 +88,13 @@ class Native:
         self.has_tiles = bool(library.manta_has_tiles())  # products of bf16, in AMX
         self.threads: Callable[[], int] = library.manta_threads  # of the team that it computes with
         sizes = [c_long, c_long, c_long]
-        for name in ("fp32", "bf16"):
-            self._function("norm", name).argtypes = [*sizes, c_void_p, c_long, c_void_p, c_float, c_void_p]
-            self._function("gate", name).argtypes = [c_long, c_long, c_void_p, c_void_p]
-            self._function("rotate", name).argtypes = [*sizes, c_void_p, c_long, c_void_p, c_void_p]
+        for kind in (torch.float32, torch.bfloat16):
+            self.function("norm", kind).argtypes = [*sizes, c_void_p, c_long, c_void_p, c_float, c_void_p]
+            self.function("gate", kind).argtypes = [c_long, c_long, c_void_p, c_void_p]
+            self.function("rotate", kind).argtypes = [*sizes, c_void_p, c_long, c_void_p, c_void_p]
 
-    def _function(self, what: str, kind: str) -> Any:
-        return getattr(self._library, f"manta_{what}_{kind}")
+    def function(self, what: str, kind: torch.dtype) -> Any:
+        return getattr(self._library, f"manta_{what}_{NAMES[kind]}")
 
     def panels(self, weight: torch.Tensor, *, in_tiles: bool = False) -> torch.Tensor:
         """[out, in] -> what `product` reads, of x in fp32, or with `in_tiles` in bf16: see Product in native.cpp."""
@@ -130,14 +131,14 @@ class Native:
         result = x.new_empty(len(x), outputs)
         rest = [None if tensor is None else tensor.data_ptr() for tensor in (scales, bias, to)]
         made = _Product(len(x), x.shape[1], outputs, x.data_ptr(), panels.data_ptr(), *rest, result.data_ptr())
-        self._function("tiles" if x.dtype == torch.bfloat16 else "product", NAMES[panels.dtype])(byref(made))
+        self.function("tiles" if x.dtype == torch.bfloat16 else "product", panels.dtype)(byref(made))
         return result
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """RMSNorm over the last dimension; x [tokens, width], or [tokens, heads, width] with any stride of the tokens."""
         heads = 1 if x.dim() == 2 else x.shape[1]
         result = x.new_empty(x.shape)
-        self._function("norm", NAMES[x.dtype])(
+        self.function("norm", x.dtype)(
             len(x), heads, x.shape[-1], x.data_ptr(), x.stride(0), weight.data_ptr(), eps, result.data_ptr()
         )
         return result
@@ -145,14 +146,12 @@ class Native:
     def gate(self, both: torch.Tensor) -> torch.Tensor:
         """[rows, 2 n] -> [rows, n]: SiLU of the first half times the second."""
         result = both.new_empty(len(both), both.shape[1] // 2)
-        self._function("gate", NAMES[both.dtype])(*result.shape, both.data_ptr(), result.data_ptr())
+        self.function("gate", both.dtype)(*result.shape, both.data_ptr(), result.data_ptr())
         return result
 
     def rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
         """Itself, x [tokens, heads, width] with any stride of the tokens, turned; see lean.Between."""
-        self._function("rotate", NAMES[x.dtype])(
-            *x.shape, x.data_ptr(), x.stride(0), cosines.data_ptr(), sines.data_ptr()
-        )
+        self.function("rotate", x.dtype)(*x.shape, x.data_ptr(), x.stride(0), cosines.data_ptr(), sines.data_ptr())
         return x
 
     def attend(
@@ -170,14 +169,20 @@ class Native:
         (tokens, heads, width), kv_heads, value_width = query.shape, key.shape[1], value.shape[2]
         query, key, value = (_dense_tokens(part) for part in (query, key, value))
         result = query.new_empty(tokens, heads, value_width)
-        made = _Heads(
-            rows.keys.shape[1], kv_heads, heads // kv_heads, width, value_width,
-            query.data_ptr(), key.data_ptr(), value.data_ptr(), query.stride(0), key.stride(0), value.stride(0),
-            rows.keys[layer].ctypes.data, rows.values[layer].ctypes.data, *(each.ctypes.data for each in rows.each),
-            scale, window or 0, softcap or 0, result.data_ptr(),
-        )  # fmt: skip
-        self._function("attend", NAMES[query.dtype])(byref(made))
+        made = self.heads(rows, layer, kv_heads, heads // kv_heads, width, value_width)
+        made.query, made.key, made.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        made.query_stride, made.key_stride, made.value_stride = query.stride(0), key.stride(0), value.stride(0)
+        made.scale, made.window, made.softcap, made.result = scale, window or 0, softcap or 0, result.data_ptr()
+        self.function("attend", query.dtype)(byref(made))
         return result
+
+    def heads(self, rows: Rows, layer: int, kv_heads: int, group: int, width: int, value_width: int) -> Heads:
+        """What native.cpp is told of where the keys and values of `layer` lie; `group` heads share a KV head."""
+        return Heads(
+            sequences=rows.keys.shape[1], kv_heads=kv_heads, group=group, width=width, value_width=value_width,
+            keys=rows.keys[layer].ctypes.data, values=rows.values[layer].ctypes.data,
+            **{name: each.ctypes.data for name, each in rows.each.items()},
+        )  # fmt: skip
 
 
 def _dense_tokens(x: torch.Tensor) -> torch.Tensor:
