@@ -53,11 +53,10 @@ class Lean:
             is_last = number == len(core.layers) - 1
             self._blocks.append(Block(layer, number, is_last, turns, weights, between, self._known))
             core.layers[number] = torch.nn.Identity()  # its weights are in our layers now
-        *ahead, _ = self._blocks
-        self._ahead: NativeLayers | None = None
+        self._at_once: NativeLayers | None = None
         self._turns = turns
-        if isinstance(between, Native) and NativeLayers.can(ahead, core.embed_tokens.weight.dtype):
-            self._ahead = NativeLayers(between, ahead)
+        if isinstance(between, Native) and NativeLayers.can(self._blocks, core.embed_tokens.weight.dtype):
+            self._at_once = NativeLayers(between, self._blocks)
 
     def __call__(self, step: "Step") -> torch.Tensor:
         hidden: torch.Tensor = self._embed(step.ids)
@@ -65,10 +64,12 @@ class Lean:
         # To turn a vector by half its length and to change the sign of the first half is what rotates it.
         half = sin.shape[-1] // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        blocks = self._blocks
-        if self._ahead is not None and not self._turns.tokens and isinstance(step.attention, NativeAttention):
-            hidden, blocks = self._ahead(hidden, cos, sin, step.attention.rows), blocks[-1:]
-        for block in blocks:
+        done = 0
+        if self._at_once is not None and not self._turns.tokens and isinstance(step.attention, NativeAttention):
+            # The last layer makes less where not every token is wanted.
+            done = len(self._blocks) - (len(step.wanted) < len(step.ids))
+            hidden = self._at_once(hidden, cos, sin, step.attention.rows, done)
+        for block in self._blocks[done:]:
             hidden = block(hidden, cos, sin, step)
         logits: torch.Tensor = self._head(self._norm(hidden))
         return logits

@@ -231,7 +231,9 @@ template <class W, class X> void product(const Product<X> &p) {
 
 #if defined(__AMX_BF16__)
 
-constexpr long TILE = 16;  // rows
+constexpr long TILE = 16;   // rows
+constexpr long TOGETHER = 4;   // panels of many rows: more of a result's row is written at once
+constexpr long DEEP = 256;  // inputs that many rows are multiplied by before the next: their weights stay in the first cache
 
 struct alignas(64) Tiles {  // what is in them, as ldtilecfg reads it
     uint8_t palette = 1, start = 0, none[14] = {};
@@ -248,25 +250,34 @@ struct alignas(64) Tiles {  // what is in them, as ldtilecfg reads it
 // What was written before is in memory then: GCC's intrinsics do not say that the instructions for tiles read it.
 inline void written(const void *where) { asm volatile("" ::"r"(where) : "memory"); }
 
-// At most 32 rows times a panel.
-void tiles(const Product<Bf16> &p, const Bf16 *weights, long at, long first, long rows) {
-    alignas(64) float sums[2 * TILE][PANEL];
-    const Bf16 *x = p.x + first * p.inputs;
-    long across = p.inputs * sizeof(Bf16), panel = 2 * PANEL * sizeof(Bf16);
+using Sums = float[TOGETHER * PANEL];  // of a row
+
+// To the sums of at most 32 rows, `inputs` of them times those of a panel. The first are not added to anything.
+void tiles(const Bf16 *x, long stride, const Bf16 *weights, long inputs, long rows, Sums *sums, bool are_first) {
+    long across = stride * sizeof(Bf16), panel = 2 * PANEL * sizeof(Bf16);
     bool both = rows > TILE;
     written(weights);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (long k = 0; k < p.inputs; k += 2 * TILE, weights += 2 * TILE * PANEL) {
+    if (are_first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums[0], sizeof sums[0]);
+        _tile_loadd(1, sums[0] + TILE, sizeof sums[0]);
+        if (both) {
+            _tile_loadd(2, sums[TILE], sizeof sums[0]);
+            _tile_loadd(3, sums[TILE] + TILE, sizeof sums[0]);
+        }
+    }
+    for (long k = 0; k < inputs; k += 2 * TILE, weights += 2 * TILE * PANEL) {
         _tile_loadd(4, x + k, across);
         _tile_loadd(6, weights, panel);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, weights + PANEL, panel);
         _tile_dpbf16ps(1, 4, 7);
         if (both) {
-            _tile_loadd(5, x + TILE * p.inputs + k, across);
+            _tile_loadd(5, x + TILE * stride + k, across);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -277,7 +288,6 @@ void tiles(const Product<Bf16> &p, const Bf16 *weights, long at, long first, lon
         _tile_stored(2, sums[TILE], sizeof sums[0]);
         _tile_stored(3, sums[TILE] + TILE, sizeof sums[0]);
     }
-    for (long row = 0; row < rows; row++) finish(p, first + row, at, sums[row], PANEL);
 }
 
 // A vector's weights for two inputs, side by side as the CPU multiplies them. Small integers need only a float's upper half.
@@ -287,32 +297,43 @@ inline Integers pairs(const int8_t *from) { return Integers(load(from)) >> 16 | 
 template <class W> void in_tiles(const Product<Bf16> &p) {
     constexpr bool WIDENS = !std::is_same_v<W, Bf16>;
     if (WIDENS && p.rows <= FEW) return product<W>(p);  // a panel takes longer to be widened than to be multiplied
-    long panels = (p.outputs + PANEL - 1) / PANEL, size = p.inputs * PANEL, most = 2 * TILE;
+    long panels = (p.outputs + PANEL - 1) / PANEL, size = p.inputs * PANEL;
+    long parts = (p.rows + 2 * TILE - 1) / (2 * TILE);
+    long deep = parts > 1 ? DEEP : p.inputs, together = parts > 1 ? TOGETHER : 1;
 #pragma omp parallel
     {
         static thread_local std::vector<Bf16> wide;
         if (WIDENS && long(wide.size()) < size) wide.resize(size);
+        static thread_local std::vector<float> room;
+        if (long(room.size()) < p.rows * TOGETHER * PANEL) room.resize(p.rows * TOGETHER * PANEL);
         long configured = 0;
 #pragma omp for schedule(dynamic, 1)
-        for (long panel = 0; panel < panels; panel++) {
-            const W *kept = static_cast<const W *>(p.panels) + panel * size;
-            const Bf16 *weights;
-            if constexpr (WIDENS) {
-                for (long i = 0; i < size; i += 2 * LANES) store(pairs(kept + i), &wide[i]);
-                weights = wide.data();
-            } else {
-                weights = kept;
-            }
-            for (long first = 0; first < p.rows; first += most) {
-                long rows = std::min(most, p.rows - first);
-                if (rows != configured) {
-                    Tiles of(rows);
-                    written(&of);
-                    _tile_loadconfig(&of);
-                    configured = rows;
+        for (long some = 0; some < panels; some += together) {
+            for (long panel = some; panel < std::min(some + together, panels); panel++) {
+                const W *kept = static_cast<const W *>(p.panels) + panel * size;
+                const Bf16 *weights;
+                if constexpr (WIDENS) {
+                    for (long i = 0; i < size; i += 2 * LANES) store(pairs(kept + i), &wide[i]);
+                    weights = wide.data();
+                } else {
+                    weights = kept;
                 }
-                tiles(p, weights, panel * PANEL, first, rows);
+                Sums *sums = reinterpret_cast<Sums *>(&room[(panel - some) * PANEL]);
+                for (long k = 0; k < p.inputs; k += deep)
+                    for (long part = 0; part < parts; part++) {
+                        long first = p.rows * part / parts, rows = p.rows * (part + 1) / parts - first;
+                        if (rows != configured) {
+                            Tiles of(rows);
+                            written(&of);
+                            _tile_loadconfig(&of);
+                            configured = rows;
+                        }
+                        const Bf16 *x = p.x + first * p.inputs + k;
+                        tiles(x, p.inputs, weights + k * PANEL, std::min(deep, p.inputs - k), rows, sums + first, k == 0);
+                    }
             }
+            for (long row = 0; row < p.rows; row++)
+                finish(p, row, some * PANEL, &room[row * TOGETHER * PANEL], together * PANEL);
         }
         _tile_release();
     }

@@ -53,7 +53,7 @@ class _Layers(Structure):
 
 
 class NativeLayers:
-    """`blocks`, the first of a model's, for tokens without adapters."""
+    """A model's `blocks`, for tokens without adapters."""
 
     def __init__(self, native: Native, blocks: Sequence["Block"]) -> None:
         self._native, self._blocks = native, blocks
@@ -62,19 +62,21 @@ class NativeLayers:
     @staticmethod
     def can(blocks: Sequence["Block"], dtype: torch.dtype) -> bool:
         """Whether native.cpp has all that they are made of, in `dtype`."""
-        return bool(blocks) and all(
+        return all(
             all(_fits(linear.product, dtype) for linear in (block.qkv, block.o, block.gate_up, block.down))
             and len({norm.eps for norm in block.norms if norm}) == 1
             and all(norm.weight.dtype == dtype for norm in block.norms if norm)
             for block in blocks
         )
 
-    def __call__(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """Itself, x [tokens, inputs], as it is after these layers; `cosines` and `sines` as in lean.Between."""
+    def __call__(
+        self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, rows: Rows, count: int
+    ) -> torch.Tensor:
+        """Itself, x [tokens, inputs], as it is after the first `count` layers; `cosines` and `sines` as in lean.Between."""
         block = self._blocks[0]
         heads = self._native.heads(rows, 0, block.kv_heads, block.heads // block.kv_heads, block.width, block.width)
         parts = (x.data_ptr(), cosines.data_ptr(), sines.data_ptr())
-        made = _Layers(len(self._blocks), block.heads, block.width, addressof(self._layers), len(x), *parts, heads)
+        made = _Layers(count, block.heads, block.width, addressof(self._layers), len(x), *parts, heads)
         self._native.function("layers", x.dtype)(byref(made))
         return x
 
