@@ -153,31 +153,38 @@ def test_the_table_compares_ours_with_each_of_the_others() -> None:
     assert next(line for line in lines if line[1:2] == ["/"])[:5] == ["torch", "/", "vllm-server,", "8", "2.00"]
 
 
-def test_the_readme_gets_a_table_for_each_dtype_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_gets_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = tmp_path / "README.md"
-    marks = [report.BEGIN.format(dtype=dtype) + f"old {dtype}\n{report.END}" for dtype in ("bf16", "fp32")]
-    readme.write_text(f"before\n{marks[0]}between\n{marks[1]}after\n")
+    readme.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
     monkeypatch.setattr(report, "README", readme)
     monkeypatch.setattr(report, "PLOT", tmp_path / "serve.svg")
     speeds = {"torch": (90.0, 400.0), "vllm-server": (100.0, 500.0), "ipex-generate": (1.0, 1.0)}
-    medians = {
-        name: {"loads": {"1": {"tokens_per_s": one}, "8": {"tokens_per_s": eight}, "mixed": {"tokens_per_s": 1.0}}}
-        for name, (one, eight) in speeds.items()
-    }
-    report.write(medians, "fp32")
+    report.write(
+        {
+            name: {"loads": {"1": {"tokens_per_s": one}, "8": {"tokens_per_s": eight}, "mixed": {"tokens_per_s": 1.0}}}
+            for name, (one, eight) in speeds.items()
+        }
+    )
     lines = readme.read_text().splitlines()
-    assert (lines[0], lines[2], lines[-1]) == ("before", "old bf16", "after")
-    assert "| `Torch()` | 90 (0.90) | 400 (0.80) |" in lines[lines.index("between") :]
-    assert "old fp32" not in lines
+    assert (lines[0], lines[-1]) == ("before", "after")
+    assert "| `Torch()` | 90 (0.90) | 400 (0.80) |" in lines
+    assert "old" not in lines
     assert not any("ipex" in line for line in lines)
-    report.write(medians, "bf16")
-    assert "old" not in readme.read_text()
     assert "clients" in (tmp_path / "serve.svg").read_text()
 
 
-def test_the_readme_is_not_asked_for_without_what_it_compares_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["serve", "--readme", "--only", "torch"])
-    with pytest.raises(SystemExit, match="compares with vllm-server, which --only leaves out"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "torch"], "compares with vllm-server, which --only leaves out"),
+        (["--dtype", "fp32"], "measured in bf16, not in fp32"),
+    ],
+)
+def test_the_readme_is_not_asked_for_what_it_does_not_show(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve", "--readme", *options])
+    with pytest.raises(SystemExit, match=message):
         serve.main()
 
 

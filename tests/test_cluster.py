@@ -62,7 +62,7 @@ class Shell:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
-    def run(self, *command: str, exit_code: int = 0, timeout: float = 180) -> str:
+    def run(self, *command: str, exit_code: int = 0, timeout: float = 600) -> str:
         process = self.start(*command)
         try:
             output, _ = process.communicate(timeout=timeout)

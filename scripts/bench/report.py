@@ -1,4 +1,4 @@
-"""The serving bench in the README: for each dtype a table between two marks, and a plot of that in bf16."""
+"""The serving bench in the README: a table between two marks, and a plot beside it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 README, PLOT = ROOT / "README.md", ROOT / "scripts/bench/serve.svg"
-BEGIN, END = "<!-- scripts/bench/serve --readme --dtype {dtype} -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- scripts/bench/serve --readme -->\n", "<!-- end -->\n"
 SHOWN = {  # of the contenders, what the README calls them
     "torch": "`Torch()`",
     "torch-int8": '`Torch(weights="int8")`',
@@ -20,18 +20,17 @@ SHOWN = {  # of the contenders, what the README calls them
 YARDSTICK = "vllm-server"
 
 
-def write(medians: Mapping[str, Any], dtype: str) -> None:
-    """Table, and in bf16 plot, of those contenders of SHOWN that have been measured; vLLM's server is one of them."""
+def write(medians: Mapping[str, Any]) -> None:
+    """Table and plot of those contenders of SHOWN that have been measured; vLLM's server is one of them."""
     speeds = {
         title: {load: figures["tokens_per_s"] for load, figures in medians[name]["loads"].items() if load != "mixed"}
         for name, title in SHOWN.items()
         if name in medians
     }
-    if dtype == "bf16":
-        plot(speeds)
-    before, begin, rest = README.read_text().partition(BEGIN.format(dtype=dtype))
+    plot(speeds)
+    before, begin, rest = README.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
-    assert end, f"{README} has no {BEGIN.format(dtype=dtype)}{END}"
+    assert end, f"{README} has no {BEGIN}{END}"
     README.write_text(before + begin + table(speeds) + end + after)
 
 

@@ -55,6 +55,8 @@ COLUMNS = {
 
 def main() -> int:
     options = arguments().parse_args()
+    if options.readme and options.dtype != "bf16":
+        sys.exit(f"bench: --readme shows what is measured in bf16, not in {options.dtype}")
     if options.readme and YARDSTICK not in options.only:
         sys.exit(f"bench: --readme compares with {YARDSTICK}, which --only leaves out")
     environment = on_cpu(options.threads)
@@ -75,7 +77,7 @@ def main() -> int:
         everything = about | {"rounds": measured, "medians": medians, "ratios": ratios}
         options.json.write_text(json.dumps(everything, indent=2) + "\n")
     if options.readme:
-        report.write(medians, options.dtype)
+        report.write(medians)
     return 0
 
 
