@@ -1,7 +1,8 @@
 """The layers of a served model: products with weights that never change, and what adapters add for some of the tokens.
 
-On a CPU, bf16 weights are reordered once, as inductor's freezing does; `torch.nn.functional.linear` reorders them at every
-call. With 8-bit weights a step has half as much to read.
+On a CPU native.cpp multiplies, where it can be compiled; but not bf16 without AMX. Those weights are reordered once, as
+inductor's freezing does; `torch.nn.functional.linear` reorders them at every call. With 8-bit weights a step has half as
+much to read.
 """
 
 from collections.abc import Callable, Sequence

@@ -128,7 +128,7 @@ inline const float *widened(const Bf16 *x, long count) {
 
 template <class X> struct Product {
     long rows, inputs, outputs;
-    const X *x;           // [rows, inputs]
+    const X *x;  // [rows, inputs]
     // Of PANEL outputs each, zeros after the last: [panels, inputs / 2, 2, 2, LANES], a panel's halves and in each the weights
     // of two inputs; for bf16 in tiles [..., 2, LANES, 2]. There inputs are a multiple of 32, else of 2.
     const void *panels;
@@ -231,9 +231,8 @@ template <class W, class X> void product(const Product<X> &p) {
 
 #if defined(__AMX_BF16__)
 
-constexpr long TILE = 16;   // rows
-constexpr long TOGETHER = 4;   // panels of many rows: more of a result's row is written at once
-constexpr long DEEP = 256;  // inputs that many rows are multiplied by before the next: their weights stay in the first cache
+constexpr long TILE = 16;     // rows
+constexpr long TOGETHER = 4;  // panels of many rows: more of a result's row is written at once
 
 struct alignas(64) Tiles {  // what is in them, as ldtilecfg reads it
     uint8_t palette = 1, start = 0, none[14] = {};
@@ -252,24 +251,15 @@ inline void written(const void *where) { asm volatile("" ::"r"(where) : "memory"
 
 using Sums = float[TOGETHER * PANEL];  // of a row
 
-// To the sums of at most 32 rows, `inputs` of them times those of a panel. The first are not added to anything.
-void tiles(const Bf16 *x, long stride, const Bf16 *weights, long inputs, long rows, Sums *sums, bool are_first) {
-    long across = stride * sizeof(Bf16), panel = 2 * PANEL * sizeof(Bf16);
+// The sums of at most 32 rows, with a panel.
+void tiles(const Bf16 *x, const Bf16 *weights, long inputs, long rows, Sums *sums) {
+    long across = inputs * sizeof(Bf16), panel = 2 * PANEL * sizeof(Bf16);
     bool both = rows > TILE;
     written(weights);
-    if (are_first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums[0], sizeof sums[0]);
-        _tile_loadd(1, sums[0] + TILE, sizeof sums[0]);
-        if (both) {
-            _tile_loadd(2, sums[TILE], sizeof sums[0]);
-            _tile_loadd(3, sums[TILE] + TILE, sizeof sums[0]);
-        }
-    }
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
     for (long k = 0; k < inputs; k += 2 * TILE, weights += 2 * TILE * PANEL) {
         _tile_loadd(4, x + k, across);
         _tile_loadd(6, weights, panel);
@@ -277,7 +267,7 @@ void tiles(const Bf16 *x, long stride, const Bf16 *weights, long inputs, long ro
         _tile_loadd(7, weights + PANEL, panel);
         _tile_dpbf16ps(1, 4, 7);
         if (both) {
-            _tile_loadd(5, x + TILE * stride + k, across);
+            _tile_loadd(5, x + TILE * inputs + k, across);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -299,7 +289,7 @@ template <class W> void in_tiles(const Product<Bf16> &p) {
     if (WIDENS && p.rows <= FEW) return product<W>(p);  // a panel takes longer to be widened than to be multiplied
     long panels = (p.outputs + PANEL - 1) / PANEL, size = p.inputs * PANEL;
     long parts = (p.rows + 2 * TILE - 1) / (2 * TILE);
-    long deep = parts > 1 ? DEEP : p.inputs, together = parts > 1 ? TOGETHER : 1;
+    long together = parts > 1 ? TOGETHER : 1;
 #pragma omp parallel
     {
         static thread_local std::vector<Bf16> wide;
@@ -319,18 +309,16 @@ template <class W> void in_tiles(const Product<Bf16> &p) {
                     weights = kept;
                 }
                 Sums *sums = reinterpret_cast<Sums *>(&room[(panel - some) * PANEL]);
-                for (long k = 0; k < p.inputs; k += deep)
-                    for (long part = 0; part < parts; part++) {
-                        long first = p.rows * part / parts, rows = p.rows * (part + 1) / parts - first;
-                        if (rows != configured) {
-                            Tiles of(rows);
-                            written(&of);
-                            _tile_loadconfig(&of);
-                            configured = rows;
-                        }
-                        const Bf16 *x = p.x + first * p.inputs + k;
-                        tiles(x, p.inputs, weights + k * PANEL, std::min(deep, p.inputs - k), rows, sums + first, k == 0);
+                for (long part = 0; part < parts; part++) {
+                    long first = p.rows * part / parts, rows = p.rows * (part + 1) / parts - first;
+                    if (rows != configured) {
+                        Tiles of(rows);
+                        written(&of);
+                        _tile_loadconfig(&of);
+                        configured = rows;
                     }
+                    tiles(p.x + first * p.inputs, weights, p.inputs, rows, sums + first);
+                }
             }
             for (long row = 0; row < p.rows; row++)
                 finish(p, row, some * PANEL, &room[row * TOGETHER * PANEL], together * PANEL);
@@ -541,7 +529,7 @@ template <class T> void attend(const Heads &h) {
     }
 }
 
-// Whole layers, one after another: what lean.py computes operator by operator, in as many calls from Python
+// Whole layers, one after another, in one call: what lean.py computes by the operators above
 
 struct Weights {
     const void *panels;
