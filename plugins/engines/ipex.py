@@ -4,8 +4,8 @@ Upstream is archived since March 2026, and says that security issues stay. OpenV
 processors; Torch has the same answers without an environment of its own.
 
 Keys and values lie in pages, which IPEX's attention reads through a table: with the write into them it takes less than half
-of the time of torch's operators. Products of weights in few bits are IPEX's too; those of bf16 are the torch engine's,
-oneDNN's with packed weights: IPEX's own (`ipex.optimize`, TPP) gained nothing, or a tenth at 8 rows.
+of the time of torch's operators. Products of weights in few bits are IPEX's too; others are the torch engine's: IPEX's own
+(`ipex.optimize`, TPP) gained nothing over oneDNN's with packed bf16 weights, or a tenth at 8 rows.
 `ipex.llm.optimize` is not used: it makes a model's forward one with a cache of its own, in which requests cannot come and
 go, knows few architectures, and wants a transformers that reads newer models wrongly. In process, on two cores, this engine
 made about 0.9, 1.2 and 1.1 times its `generate`'s tokens a second, with 1, 8 and 32 sequences.
