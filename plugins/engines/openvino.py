@@ -138,9 +138,8 @@ class Model:
     def __init__(self, folder: Path, dtype: torch.dtype, threads: int) -> None:
         """Raises UserError for a model whose attention cannot read from pages."""
         if dtype == torch.bfloat16 and threads == 1 and torch.cpu._is_amx_tile_supported():
-            dtype = (
-                torch.float32
-            )  # with one thread OpenVINO 2026.4 divides by zero in AMX's products: that ends the process
+            # With one thread OpenVINO 2026.4 divides by zero in AMX's products, and that ends the process.
+            dtype = torch.float32
         precision = PRECISIONS[dtype]
         settings = {
             "INFERENCE_PRECISION_HINT": precision,
