@@ -141,13 +141,17 @@ def attention(kernels: Native, pieces: list[tuple[int, int]], **rule: Any) -> li
         rule.pop(name) for name in ("dtype", "heads", "kv_heads", "width", "value_width")
     )
     keys = torch.full((len(pieces), kv_heads, 128, width), math.nan, dtype=dtype)  # what is not seen may be anything
+    lanes = kernels.panel // 2  # of so many tokens, keys lie side by side
+    side_by_side = keys.view(len(pieces), kv_heads, -1, width, lanes)
     values = torch.full((len(pieces), kv_heads, 128, value_width), math.nan, dtype=dtype)
     parts = []
     for row, (start, end) in enumerate(pieces):
         sequence = [random(128, count, size, dtype=dtype, seed=seed)[:end] for count, size, seed in (
             (heads, width, 1), (kv_heads, width, 2), (kv_heads, value_width, 3)
         )]  # fmt: skip
-        keys[row, :, :start], values[row, :, :start] = (part[:start].transpose(0, 1) for part in sequence[1:])
+        known = keys.new_full((kv_heads, 128, width), math.nan)
+        known[:, :start], values[row, :, :start] = (part[:start].transpose(0, 1) for part in sequence[1:])
+        side_by_side[row] = known.unflatten(1, (-1, lanes)).transpose(2, 3)
         parts.append([part[start:] for part in sequence])
     query, key, value = (torch.cat(each) for each in zip(*parts, strict=True))
     addresses = [
@@ -160,7 +164,8 @@ def attention(kernels: Native, pieces: list[tuple[int, int]], **rule: Any) -> li
     )
     made = kernels.attend(rows, 0, query, key, value, **({"scale": 0.3, "window": None, "softcap": None} | rule))
     for row, (_, end) in enumerate(pieces):  # what is new is in the cache
-        assert torch.equal(keys[row, :, :end], random(128, kv_heads, width, dtype=dtype, seed=2)[:end].transpose(0, 1))
+        there = side_by_side[row].transpose(2, 3).flatten(1, 2)
+        assert torch.equal(there[:, :end], random(128, kv_heads, width, dtype=dtype, seed=2)[:end].transpose(0, 1))
         assert torch.equal(
             values[row, :, :end], random(128, kv_heads, value_width, dtype=dtype, seed=3)[:end].transpose(0, 1)
         )

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from plugins import hardware
-from plugins.engines.cache import Place, Slab
+from plugins.engines.cache import BLOCK, Place, Slab
 from plugins.engines.native import Native, Rows
 from plugins.engines.scheduler import Piece
 
@@ -73,6 +73,7 @@ class Tables:
         """Nobody has them any more: torch frees them by itself."""
 
     def copy(self, source: Place, at: int, target: Place, to: int, tokens: int) -> None:
+        tokens = -(-tokens // BLOCK) * BLOCK  # native.cpp has keys of several tokens side by side; more is of no harm
         for old, new in zip(source.slab.tables.wholes, target.slab.tables.wholes, strict=True):
             new[:, target.row, :, to : to + tokens] = old[:, source.row, :, at : at + tokens]
 
@@ -239,9 +240,11 @@ class NativeAttention(Attention):
         self._native = native
         places = [piece.running.place for piece in pieces]
         counts = [piece.count for piece in pieces]
-        keys, values = np.stack(
-            [place.slab.tables.addresses + place.row * place.slab.tables.sizes for place in places], axis=-1
-        )
+        parts = []
+        for slab, mine in itertools.groupby(places, lambda place: place.slab):
+            rows = np.array([place.row for place in mine])
+            parts.append(slab.tables.addresses[..., None] + slab.tables.sizes[..., None] * rows)
+        keys, values = np.concatenate(parts, axis=-1)
         self.rows = Rows(
             keys,
             values,

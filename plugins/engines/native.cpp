@@ -90,27 +90,20 @@ inline void narrow(Floats x, Bf16 *to) {
     store(__builtin_convertvector((made + 0x7fff + (made >> 16 & 1)) >> 16, Halves), to);
 }
 
-// Neighbours first, then halves onto halves: a sum is made in the same order whether alone or with three more.
-using Four = float __attribute__((vector_size(16)));
-#if defined(__AVX2__)
-inline __m256 eight(__m256 x) { return x; }
-#if defined(__AVX512DQ__)
-inline __m256 eight(__m512 x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
-#endif
-inline Four sums(Floats a, Floats b, Floats c, Floats d) {
-    __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(eight(a), eight(b)), _mm256_hadd_ps(eight(c), eight(d)));
-    return _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+// In halves, onto each other.
+inline float total(Floats x) {
+    float all[LANES];
+    std::memcpy(all, &x, sizeof all);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) all[i] += all[i + half];
+    return all[0];
 }
-#else
-inline float one(Floats x) { return (x[0] + x[1]) + (x[2] + x[3]); }
-inline Four sums(Floats a, Floats b, Floats c, Floats d) { return Four{one(a), one(b), one(c), one(d)}; }
-#endif
 
 template <class T> inline float squares(const T *x, long count) {
     Floats some = {};
     long i = 0;
     for (; i + LANES <= count; i += LANES) some += load(x + i) * load(x + i);
-    float all = sums(some, some, some, some)[0];
+    float all = total(some);
     for (; i < count; i++) all += widen(x[i]) * widen(x[i]);
     return all;
 }
@@ -395,7 +388,9 @@ struct Heads {
     long width, value_width;
     const void *query, *key, *value;              // [tokens, heads, width], [tokens, KV heads, ...]: the step's
     long query_stride, key_stride, value_stride;  // from a token to the next
-    void *const *keys, *const *values;            // of each sequence: its row of the cache, [KV heads, capacity, ...]
+    // Of each sequence: its row of the cache. Keys of LANES tokens lie side by side, so that the scores of a query with them
+    // are made side by side: [KV heads, capacity / LANES, width, LANES]; values [KV heads, capacity, value width].
+    void *const *keys, *const *values;
     const long *capacities;                       // of each sequence: the tokens that its row has room for
     const long *firsts, *counts, *starts;  // of each sequence: its tokens in this step, and where they come in itself
     float scale;
@@ -404,61 +399,75 @@ struct Heads {
     void *result;   // [tokens, heads, value width]
 };
 
-constexpr int KEYS = 4;       // at a time
-constexpr long QUERIES = 12;  // rows of a task, or one token's, if that has more
+constexpr long QUERIES = 12;             // rows of a task, or one token's, if that has more
+constexpr int MOST_QUERIES = MOST_ROWS / 2;  // at a time, with this many vectors of keys, or of values
+constexpr int VECTORS = 4;
 
-// Scores of ROWS queries and KEYS keys. `to`: from a query's to the next, `apart` numbers.
-template <int ROWS> void scores(const float *query, const float *keys, long width, float *to, long apart) {
-    Floats dots[ROWS][KEYS] = {};
-    long i = 0;
-    for (; i + LANES <= width; i += LANES)
-        for (int k = 0; k < KEYS; k++) {
-            Floats key = load(keys + k * width + i);
-            for (int row = 0; row < ROWS; row++) dots[row][k] += load(query + row * width + i) * key;
+// ROWS queries with MANY * LANES keys. A score is made in the order of the width, whatever is beside it. `to`: from a query's
+// to the next, `apart` numbers.
+template <int ROWS, int MANY, class T> void score(const float *query, const T *keys, long width, float *to, long apart) {
+    Floats sums[ROWS][MANY] = {};
+    for (long i = 0; i < width; i++)
+        for (int v = 0; v < MANY; v++) {
+            Floats mine = load(keys + (v * width + i) * LANES);
+            for (int row = 0; row < ROWS; row++) sums[row][v] += mine * query[row * width + i];
         }
-    for (int row = 0; row < ROWS; row++) {
-        Four found = sums(dots[row][0], dots[row][1], dots[row][2], dots[row][3]);
-        for (long rest = i; rest < width; rest++)
-            for (int k = 0; k < KEYS; k++) found[k] += query[row * width + rest] * keys[k * width + rest];
-        std::memcpy(to + row * apart, &found, sizeof found);
+    for (int row = 0; row < ROWS; row++) std::memcpy(to + row * apart, sums[row], sizeof sums[row]);
+}
+
+// Of `rows` queries, at most ROWS, with keys of `blocks` times LANES tokens.
+template <int ROWS = MOST_QUERIES, class T>
+void scores(const float *query, const T *keys, long width, long rows, long blocks, float *to, long apart) {
+    if constexpr (ROWS > 1)
+        if (rows < ROWS) return scores<ROWS - 1>(query, keys, width, rows, blocks, to, apart);
+    long i = 0;
+    for (; i + VECTORS <= blocks; i += VECTORS)
+        score<ROWS, VECTORS>(query, keys + i * width * LANES, width, to + i * LANES, apart);
+    for (; i < blocks; i++) score<ROWS, 1>(query, keys + i * width * LANES, width, to + i * LANES, apart);
+}
+
+// The sums of `count` values, each times its share, one after another: MANY * LANES numbers of each, for ROWS queries.
+template <int ROWS, int MANY, class T>
+void add(const float *shares, long apart, const T *values, long width, long count, float *to) {
+    Floats sums[ROWS][MANY] = {};
+    for (long k = 0; k < count; k++)
+        for (int v = 0; v < MANY; v++) {
+            Floats mine = load(values + k * width + v * LANES);
+            for (int row = 0; row < ROWS; row++) sums[row][v] += mine * shares[row * apart + k];
+        }
+    for (int row = 0; row < ROWS; row++) std::memcpy(to + row * width, sums[row], sizeof sums[row]);
+}
+
+// Of `rows` queries, at most ROWS, all numbers of the values.
+template <int ROWS = MOST_QUERIES, class T>
+void add(const float *shares, long apart, const T *values, long width, long rows, long count, float *to) {
+    if constexpr (ROWS > 1)
+        if (rows < ROWS) return add<ROWS - 1>(shares, apart, values, width, rows, count, to);
+    long i = 0;
+    for (; i + VECTORS * LANES <= width; i += VECTORS * LANES)
+        add<ROWS, VECTORS>(shares, apart, values + i, width, count, to + i);
+    for (; i + LANES <= width; i += LANES) add<ROWS, 1>(shares, apart, values + i, width, count, to + i);
+    for (int row = 0; row < ROWS && i < width; row++) {  // what is left of a vector
+        float *mine = to + row * width;
+        std::fill(mine + i, mine + width, 0.f);
+        for (long k = 0; k < count; k++)
+            for (long each = i; each < width; each++) mine[each] += shares[row * apart + k] * widen(values[k * width + each]);
     }
 }
 
-// To ROWS sums, KEYS values, each times its share, one after another.
-template <int ROWS> void add(const float *shares, long apart, const float *values, long width, float *to) {
-    long i = 0;
-    for (; i + LANES <= width; i += LANES)
-        for (int row = 0; row < ROWS; row++) {
-            Floats sum = load(to + row * width + i);
-            for (int k = 0; k < KEYS; k++) sum += shares[row * apart + k] * load(values + k * width + i);
-            std::memcpy(to + row * width + i, &sum, sizeof sum);
-        }
-    for (; i < width; i++)
-        for (int row = 0; row < ROWS; row++)
-            for (int k = 0; k < KEYS; k++) to[row * width + i] += shares[row * apart + k] * values[k * width + i];
-}
-
-// Scores to shares, of the keys that are seen.
-void softmax(float *x, long count, float softcap) {
+// Scores to shares, of the keys that are seen, which are as many times too large as is returned.
+float softmax(float *x, long count, float softcap) {
     if (softcap != 0)
         for (long k = 0; k < count; k++) x[k] = (1 - 2 / (1 + exponential(2 * x[k] / softcap))) * softcap;  // tanh
     float most = x[0];
     for (long k = 1; k < count; k++) most = std::max(most, x[k]);
     for (long k = 0; k < count; k++) x[k] = exponential(x[k] - most);
-    Floats totals = {};
+    Floats some = {};
     long k = 0;
-    for (; k + LANES <= count; k += LANES) totals += load(x + k);
-    float total = sums(totals, totals, totals, totals)[0];
-    for (; k < count; k++) total += x[k];
-    for (k = 0; k < count; k++) x[k] /= total;
-}
-
-// [KEYS, width] of `count` rows, of which there may be fewer: then zeros.
-template <class T> const float *wide(const T *from, float *to, long count, long width) {
-    if (std::is_same_v<T, float> && count >= KEYS) return reinterpret_cast<const float *>(from);
-    for (long i = 0; i < std::min<long>(count, KEYS) * width; i++) to[i] = widen(from[i]);
-    std::fill(to + std::min<long>(count, KEYS) * width, to + KEYS * width, 0.f);
-    return to;
+    for (; k + LANES <= count; k += LANES) some += load(x + k);
+    float all = total(some);
+    for (; k < count; k++) all += x[k];
+    return all;
 }
 
 template <class T> T *row_of(void *const *rows, const Heads &h, long sequence, long head, long width) {
@@ -467,14 +476,15 @@ template <class T> T *row_of(void *const *rows, const Heads &h, long sequence, l
 
 // What is new goes into the cache.
 template <class T> void keep(const Heads &h, long sequence, long head) {
-    T *keys = row_of<T>(h.keys, h, sequence, head, h.width) + h.starts[sequence] * h.width;
-    T *values = row_of<T>(h.values, h, sequence, head, h.value_width) + h.starts[sequence] * h.value_width;
+    T *keys = row_of<T>(h.keys, h, sequence, head, h.width);
+    T *values = row_of<T>(h.values, h, sequence, head, h.value_width);
     for (long i = 0; i < h.counts[sequence]; i++) {
-        long token = h.firsts[sequence] + i;
+        long token = h.firsts[sequence] + i, place = h.starts[sequence] + i;
         const T *key = static_cast<const T *>(h.key) + token * h.key_stride + head * h.width;
         const T *value = static_cast<const T *>(h.value) + token * h.value_stride + head * h.value_width;
-        std::copy(key, key + h.width, keys + i * h.width);
-        std::copy(value, value + h.value_width, values + i * h.value_width);
+        T *block = keys + place / LANES * LANES * h.width + place % LANES;
+        for (long each = 0; each < h.width; each++) block[each * LANES] = key[each];
+        std::copy(value, value + h.value_width, values + place * h.value_width);
     }
 }
 
@@ -483,44 +493,34 @@ template <class T>
 void attend(const Heads &h, long sequence, long head, long from, long tokens, std::vector<float> &scratch) {
     long first = h.firsts[sequence] + from, start = h.starts[sequence] + from, rows = tokens * h.group;
     auto seen_from = [&](long token) { return h.window ? std::max(0L, start + token + 1 - h.window) : 0L; };
-    long begin = seen_from(0), count = start + tokens - begin, apart = (count + KEYS - 1) / KEYS * KEYS;
+    long begin = seen_from(0) / LANES * LANES, count = start + tokens - begin;
+    long blocks = (count + LANES - 1) / LANES, apart = blocks * LANES;
     const T *keys = row_of<T>(h.keys, h, sequence, head, h.width) + begin * h.width;
     const T *values = row_of<T>(h.values, h, sequence, head, h.value_width) + begin * h.value_width;
-    scratch.resize(rows * (h.width + apart + h.value_width) + KEYS * std::max(h.width, h.value_width));
+    scratch.resize(rows * (h.width + apart + h.value_width + 1));
     float *queries = scratch.data(), *shares = queries + rows * h.width, *sums = shares + rows * apart;
-    float *some = sums + rows * h.value_width;
+    float *totals = sums + rows * h.value_width;
 
     for (long row = 0; row < rows; row++) {  // [tokens, group]
         const T *query = static_cast<const T *>(h.query) + (first + row / h.group) * h.query_stride;
         query += (head * h.group + row % h.group) * h.width;
         for (long i = 0; i < h.width; i++) queries[row * h.width + i] = widen(query[i]) * h.scale;
     }
-    for (long k = 0; k < count; k += KEYS) {
-        const float *seen = wide(keys + k * h.width, some, count - k, h.width);
-        long row = 0;
-        for (; row + 2 <= rows; row += 2)
-            scores<2>(queries + row * h.width, seen, h.width, shares + row * apart + k, apart);
-        for (; row < rows; row++) scores<1>(queries + row * h.width, seen, h.width, shares + row * apart + k, apart);
-    }
+    for (long row = 0; row < rows; row += MOST_QUERIES)
+        scores(queries + row * h.width, keys, h.width, rows - row, blocks, shares + row * apart, apart);
     for (long row = 0; row < rows; row++) {
         float *mine = shares + row * apart;
         long token = row / h.group, hidden = seen_from(token) - begin, end = start + token + 1 - begin;
         std::fill(mine, mine + hidden, 0.f);
-        softmax(mine + hidden, end - hidden, h.softcap);
+        totals[row] = softmax(mine + hidden, end - hidden, h.softcap);
         std::fill(mine + end, mine + apart, 0.f);
     }
-    std::fill(sums, sums + rows * h.value_width, 0.f);
-    for (long k = 0; k < count; k += KEYS) {
-        const float *seen = wide(values + k * h.value_width, some, count - k, h.value_width);
-        long row = 0;
-        for (; row + 2 <= rows; row += 2)
-            add<2>(shares + row * apart + k, apart, seen, h.value_width, sums + row * h.value_width);
-        for (; row < rows; row++) add<1>(shares + row * apart + k, apart, seen, h.value_width, sums + row * h.value_width);
-    }
+    for (long row = 0; row < rows; row += MOST_QUERIES)
+        add(shares + row * apart, apart, values, h.value_width, rows - row, count, sums + row * h.value_width);
     for (long row = 0; row < rows; row++) {
         long place = ((first + row / h.group) * h.kv_heads + head) * h.group + row % h.group;
         T *result = static_cast<T *>(h.result) + place * h.value_width;
-        for (long i = 0; i < h.value_width; i++) narrow(sums[row * h.value_width + i], result[i]);
+        for (long i = 0; i < h.value_width; i++) narrow(sums[row * h.value_width + i] / totals[row], result[i]);
     }
 }
 
