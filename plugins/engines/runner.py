@@ -19,7 +19,7 @@ from plugins.engines.attention import Attention, NativeAttention, Rule, Tables, 
 from plugins.engines.cache import Cache
 from plugins.engines.compiled import SIZES, Compiled
 from plugins.engines.layers import Embedding, Linear, Turns, Weights
-from plugins.engines.scheduler import Piece, Running, is_scored
+from plugins.engines.scheduler import BALANCE, Piece, Running, is_scored
 from plugins.pretrained import first_line
 from plugins.spec import UserError
 
@@ -70,6 +70,14 @@ class Runner:
             raise UserError(f"{refusal}: {type(error).__name__}: {first_line(error)}") from error
         if not off <= (self.tolerated if weights != "same" or self.dtype != torch.float32 else 1e-3):
             raise UserError(f"{refusal}: in a batch its logits are off by {off:.1%}")
+
+    @property
+    def balance(self) -> int:
+        """Tokens whose products take as long as reading the weights."""
+        if self.device.type != "cpu":
+            return 10 * BALANCE
+        in_tiles = self._native is not None and self._native.has_tiles and self.dtype == torch.bfloat16
+        return 3 * BALANCE if in_tiles else BALANCE
 
     def check_length(self, config: Any, length: int) -> None:
         """Raise UserError where sequences of `length` tokens would be computed otherwise than one by one."""

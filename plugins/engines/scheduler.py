@@ -12,7 +12,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from plugins.engines.cache import BLOCK, Cache, Place
 
-# Tokens whose products take as long as reading the weights, on a CPU; a GPU is taken to need ten times as many.
+# Tokens whose products take as long as reading the weights, on a CPU; with AMX it is three times as many, and a GPU is taken
+# to need ten times.
 BALANCE = 24
 
 

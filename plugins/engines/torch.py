@@ -13,7 +13,7 @@ from plugins.engines import Torch, quantized_files
 from plugins.engines.batched import BatchedEngine
 from plugins.engines.batching import Computer
 from plugins.engines.runner import Runner
-from plugins.engines.scheduler import BALANCE, Scheduler
+from plugins.engines.scheduler import Scheduler
 from plugins.engines.sequence import Sequence
 from plugins.model_files import check_model_files
 from plugins.pretrained import load
@@ -39,8 +39,7 @@ class TorchEngine(BatchedEngine[Torch]):
         runner.check_length(model.config.get_text_config(), wanted)
         tables = runner.tables
         cache = self._cache(wanted, lambda _: tables, tables.token_bytes)
-        balance = BALANCE if runner.device.type == "cpu" else 10 * BALANCE
-        return runner, Scheduler(cache, options.max_batch, balance)
+        return runner, Scheduler(cache, options.max_batch, runner.balance)
 
 
 def load_model(source: ModelSource, gpus: float, is_quantized: bool = False) -> Any:
