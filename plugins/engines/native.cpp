@@ -254,21 +254,56 @@ inline void written(const void *where) { asm volatile("" ::"r"(where) : "memory"
 
 using Sums = float[TOGETHER * PANEL];  // of a row
 
+// A vector's weights for two inputs, side by side as the CPU multiplies them. Small integers need only a float's upper half.
+inline Integers pairs(const int8_t *from) { return Integers(load(from)) >> 16 | Integers(load(from + LANES)); }
+
+constexpr long STEP = 2 * TILE;  // inputs
+
+// The weights of a panel, a step at a time.
+template <class W> struct Steps {
+    const W *weights;
+    long inputs;
+    const Bf16 *operator()(long k) {
+        if (k + AHEAD < inputs) fetch(weights + (k + AHEAD) * PANEL, STEP * PANEL * sizeof(Bf16));
+        return weights + k * PANEL;
+    }
+};
+// Widened, some steps before they are multiplied: tiles have to wait for what is being written.
+template <> struct Steps<int8_t> {
+    const int8_t *weights;
+    long inputs;
+    alignas(64) Bf16 wide[8][STEP * PANEL];
+    Steps(const int8_t *weights, long inputs) : weights(weights), inputs(inputs) {
+        for (long k = 0; k < AHEAD; k += STEP) widen(k);
+    }
+    const Bf16 *operator()(long k) {
+        widen(k + AHEAD);
+        written(wide);
+        return wide[k / STEP % 8];
+    }
+    void widen(long k) {
+        if (k >= inputs) return;
+        if (k + AHEAD < inputs) fetch(weights + (k + AHEAD) * PANEL, STEP * PANEL);
+        for (long i = 0; i < STEP * PANEL; i += 2 * LANES) store(pairs(weights + k * PANEL + i), wide[k / STEP % 8] + i);
+    }
+};
+
 // The sums of at most 32 rows, with a panel.
-void tiles(const Bf16 *x, const Bf16 *weights, long inputs, long rows, Sums *sums) {
-    long across = inputs * sizeof(Bf16), panel = 2 * PANEL * sizeof(Bf16);
+template <class W> void tiles(const Bf16 *x, const W *panel, long inputs, long rows, Sums *sums) {
+    long across = inputs * sizeof(Bf16), pair = 2 * PANEL * sizeof(Bf16);
     bool both = rows > TILE;
-    written(weights);
+    written(panel);
+    Steps<W> steps{panel, inputs};
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (long k = 0; k < inputs; k += 2 * TILE, weights += 2 * TILE * PANEL) {
-        if (k + AHEAD < inputs) fetch(weights + AHEAD * PANEL, 2 * TILE * PANEL * sizeof(Bf16));
+    for (long k = 0; k < inputs; k += STEP) {
+        const Bf16 *weights = steps(k);
         _tile_loadd(4, x + k, across);
-        _tile_loadd(6, weights, panel);
+        _tile_loadd(6, weights, pair);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, weights + PANEL, panel);
+        _tile_loadd(7, weights + PANEL, pair);
         _tile_dpbf16ps(1, 4, 7);
         if (both) {
             _tile_loadd(5, x + TILE * inputs + k, across);
@@ -283,9 +318,6 @@ void tiles(const Bf16 *x, const Bf16 *weights, long inputs, long rows, Sums *sum
         _tile_stored(3, sums[TILE] + TILE, sizeof sums[0]);
     }
 }
-
-// A vector's weights for two inputs, side by side as the CPU multiplies them. Small integers need only a float's upper half.
-inline Integers pairs(const int8_t *from) { return Integers(load(from)) >> 16 | Integers(load(from + LANES)); }
 
 // In bf16, with sums in fp32, in the CPU's tiles.
 template <class W> void in_tiles(const Product<Bf16> &p) {
@@ -305,16 +337,12 @@ template <class W> void in_tiles(const Product<Bf16> &p) {
         for (long some = 0; some < panels; some += together) {
             for (long panel = some; panel < std::min(some + together, panels); panel++) {
                 const W *kept = static_cast<const W *>(p.panels) + panel * size;
-                const Bf16 *weights;
-                if constexpr (WIDENS) {
-                    for (long i = 0; i < size; i += 2 * LANES) {
+                bool at_once = WIDENS && parts > 1;  // for many rows a panel is widened once
+                if constexpr (WIDENS)
+                    for (long i = 0; at_once && i < size; i += 2 * LANES) {
                         if (i + AHEAD * PANEL < size) fetch(kept + i + AHEAD * PANEL, 2 * LANES);
                         store(pairs(kept + i), &wide[i]);
                     }
-                    weights = wide.data();
-                } else {
-                    weights = kept;
-                }
                 Sums *sums = reinterpret_cast<Sums *>(&room[(panel - some) * PANEL]);
                 for (long part = 0; part < parts; part++) {
                     long first = p.rows * part / parts, rows = p.rows * (part + 1) / parts - first;
@@ -324,7 +352,11 @@ template <class W> void in_tiles(const Product<Bf16> &p) {
                         _tile_loadconfig(&of);
                         configured = rows;
                     }
-                    tiles(p.x + first * p.inputs, weights, p.inputs, rows, sums + first);
+                    const Bf16 *x = p.x + first * p.inputs;
+                    if (at_once)
+                        tiles(x, wide.data(), p.inputs, rows, sums + first);
+                    else
+                        tiles(x, kept, p.inputs, rows, sums + first);
                 }
             }
             for (long row = 0; row < p.rows; row++)
@@ -388,10 +420,10 @@ struct Heads {
     long width, value_width;
     const void *query, *key, *value;              // [tokens, heads, width], [tokens, KV heads, ...]: the step's
     long query_stride, key_stride, value_stride;  // from a token to the next
-    // Of each sequence: its row of the cache. Keys of LANES tokens lie side by side, so that the scores of a query with them
-    // are made side by side: [KV heads, capacity / LANES, width, LANES]; values [KV heads, capacity, value width].
+    // Of each sequence, its row of the cache: keys [KV heads, capacity / LANES, width, LANES], so that scores with LANES of
+    // them are made side by side; values [KV heads, capacity, value width].
     void *const *keys, *const *values;
-    const long *capacities;                       // of each sequence: the tokens that its row has room for
+    const long *capacities;                // of each sequence: the tokens that its row has room for
     const long *firsts, *counts, *starts;  // of each sequence: its tokens in this step, and where they come in itself
     float scale;
     long window;    // tokens that are seen, itself included; 0: all
@@ -399,12 +431,10 @@ struct Heads {
     void *result;   // [tokens, heads, value width]
 };
 
-constexpr long QUERIES = 12;             // rows of a task, or one token's, if that has more
-constexpr int MOST_QUERIES = MOST_ROWS / 2;  // at a time, with this many vectors of keys, or of values
-constexpr int VECTORS = 4;
+constexpr long QUERIES = 12;                           // rows of a task, or one token's, if that has more
+constexpr int MOST_QUERIES = MOST_ROWS / 2, WIDE = 4;  // at a time; with so many vectors of keys, or of values
 
-// ROWS queries with MANY * LANES keys. A score is made in the order of the width, whatever is beside it. `to`: from a query's
-// to the next, `apart` numbers.
+// ROWS queries with MANY * LANES keys. A score is made in the order of the width, whatever is beside it. `to` [ROWS, apart].
 template <int ROWS, int MANY, class T> void score(const float *query, const T *keys, long width, float *to, long apart) {
     Floats sums[ROWS][MANY] = {};
     for (long i = 0; i < width; i++)
@@ -421,12 +451,13 @@ void scores(const float *query, const T *keys, long width, long rows, long block
     if constexpr (ROWS > 1)
         if (rows < ROWS) return scores<ROWS - 1>(query, keys, width, rows, blocks, to, apart);
     long i = 0;
-    for (; i + VECTORS <= blocks; i += VECTORS)
-        score<ROWS, VECTORS>(query, keys + i * width * LANES, width, to + i * LANES, apart);
+    for (; i + WIDE <= blocks; i += WIDE)
+        score<ROWS, WIDE>(query, keys + i * width * LANES, width, to + i * LANES, apart);
     for (; i < blocks; i++) score<ROWS, 1>(query, keys + i * width * LANES, width, to + i * LANES, apart);
 }
 
 // The sums of `count` values, each times its share, one after another: MANY * LANES numbers of each, for ROWS queries.
+// `shares` [ROWS, apart].
 template <int ROWS, int MANY, class T>
 void add(const float *shares, long apart, const T *values, long width, long count, float *to) {
     Floats sums[ROWS][MANY] = {};
@@ -444,8 +475,8 @@ void add(const float *shares, long apart, const T *values, long width, long rows
     if constexpr (ROWS > 1)
         if (rows < ROWS) return add<ROWS - 1>(shares, apart, values, width, rows, count, to);
     long i = 0;
-    for (; i + VECTORS * LANES <= width; i += VECTORS * LANES)
-        add<ROWS, VECTORS>(shares, apart, values + i, width, count, to + i);
+    for (; i + WIDE * LANES <= width; i += WIDE * LANES)
+        add<ROWS, WIDE>(shares, apart, values + i, width, count, to + i);
     for (; i + LANES <= width; i += LANES) add<ROWS, 1>(shares, apart, values + i, width, count, to + i);
     for (int row = 0; row < ROWS && i < width; row++) {  // what is left of a vector
         float *mine = to + row * width;
@@ -455,7 +486,7 @@ void add(const float *shares, long apart, const T *values, long width, long rows
     }
 }
 
-// Scores to shares, of the keys that are seen, which are as many times too large as is returned.
+// Scores to shares of the keys that are seen, but for a factor: their sum, which is returned.
 float softmax(float *x, long count, float softcap) {
     if (softcap != 0)
         for (long k = 0; k < count; k++) x[k] = (1 - 2 / (1 + exponential(2 * x[k] / softcap))) * softcap;  // tanh

@@ -60,8 +60,8 @@ class Heads(Structure):
 class Rows:
     """Where the keys and values of a step's sequences lie, each in a row of the cache, and their tokens in the step.
 
-    `keys`, `values` [layers, sequences]: addresses, of [KV heads, capacity, width]. The others [sequences]: how many tokens
-    a row has room for; the first token in the step, how many there are, and where they come in the sequence.
+    `keys`, `values` [layers, sequences]: addresses; how they lie there, Heads in native.cpp says. The others [sequences]:
+    how many tokens a row has room for; the first token in the step, how many there are, and where they come in the sequence.
     """
 
     def __init__(
