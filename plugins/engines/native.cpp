@@ -257,7 +257,13 @@ using Sums = float[TOGETHER * PANEL];  // of a row
 // A vector's weights for two inputs, side by side as the CPU multiplies them. Small integers need only a float's upper half.
 inline Integers pairs(const int8_t *from) { return Integers(load(from)) >> 16 | Integers(load(from + LANES)); }
 
-constexpr long STEP = 2 * TILE;  // inputs
+constexpr long STEP = 2 * TILE, STEPS_HELD = 2 * AHEAD / STEP;  // inputs
+
+// Of a panel's weights, those of the step at input `k`.
+inline void widen(const int8_t *weights, long k, long inputs, Bf16 *to) {
+    if (k + AHEAD < inputs) fetch(weights + (k + AHEAD) * PANEL, STEP * PANEL);
+    for (long i = 0; i < STEP * PANEL; i += 2 * LANES) store(pairs(weights + k * PANEL + i), to + i);
+}
 
 // The weights of a panel, a step at a time.
 template <class W> struct Steps {
@@ -272,19 +278,17 @@ template <class W> struct Steps {
 template <> struct Steps<int8_t> {
     const int8_t *weights;
     long inputs;
-    alignas(64) Bf16 wide[8][STEP * PANEL];
+    alignas(64) Bf16 wide[STEPS_HELD][STEP * PANEL];
     Steps(const int8_t *weights, long inputs) : weights(weights), inputs(inputs) {
-        for (long k = 0; k < AHEAD; k += STEP) widen(k);
+        for (long k = 0; k < AHEAD; k += STEP) prepare(k);
     }
     const Bf16 *operator()(long k) {
-        widen(k + AHEAD);
+        prepare(k + AHEAD);
         written(wide);
-        return wide[k / STEP % 8];
+        return wide[k / STEP % STEPS_HELD];
     }
-    void widen(long k) {
-        if (k >= inputs) return;
-        if (k + AHEAD < inputs) fetch(weights + (k + AHEAD) * PANEL, STEP * PANEL);
-        for (long i = 0; i < STEP * PANEL; i += 2 * LANES) store(pairs(weights + k * PANEL + i), wide[k / STEP % 8] + i);
+    void prepare(long k) {
+        if (k < inputs) widen(weights, k, inputs, wide[k / STEP % STEPS_HELD]);
     }
 };
 
@@ -339,10 +343,7 @@ template <class W> void in_tiles(const Product<Bf16> &p) {
                 const W *kept = static_cast<const W *>(p.panels) + panel * size;
                 bool at_once = WIDENS && parts > 1;  // for many rows a panel is widened once
                 if constexpr (WIDENS)
-                    for (long i = 0; at_once && i < size; i += 2 * LANES) {
-                        if (i + AHEAD * PANEL < size) fetch(kept + i + AHEAD * PANEL, 2 * LANES);
-                        store(pairs(kept + i), &wide[i]);
-                    }
+                    for (long k = 0; at_once && k < p.inputs; k += STEP) widen(kept, k, p.inputs, &wide[k * PANEL]);
                 Sums *sums = reinterpret_cast<Sums *>(&room[(panel - some) * PANEL]);
                 for (long part = 0; part < parts; part++) {
                     long first = p.rows * part / parts, rows = p.rows * (part + 1) / parts - first;
