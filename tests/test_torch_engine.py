@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models
 from plugins import hardware
 from plugins.engines import Torch, batching, layers, native, runner, scheduler
 from plugins.engines.answer import Answer, Choice
-from plugins.engines.attention import TorchAttention
+from plugins.engines.attention import Step, TorchAttention
 from plugins.engines.cache import Cache
 from plugins.engines.compiled import Compiled
 from plugins.engines.text import TextStream, Voice
@@ -972,8 +972,8 @@ def test_a_forward_that_asks_what_its_tensors_hold_is_not_compiled() -> None:
     def curious(ids: torch.Tensor, *_: Any) -> torch.Tensor:
         return ids if ids.sum() > 3 else -ids
 
-    attention = TorchAttention((), (), torch.device("cpu"))
-    step = runner.Step(torch.arange(3), torch.arange(3), attention, torch.arange(2))
+    attention = TorchAttention(())
+    step = Step(torch.arange(3), torch.arange(3), attention, torch.arange(2))
     with pytest.raises(UserError, match=r"^Torch.compile = True: this model cannot be compiled: [^\n]+$"):
         Compiled(curious, (), torch.device("cpu")).warm_up([step])
 

@@ -88,6 +88,9 @@ class Torch:
     torch's, before there were those, on CPUs a step of Llama and its near relations was 1.03 to 1.10 times as fast, one of
     GPT-2 1.1 to 1.2 times. It needs a C++ compiler (g++) on each node, and a start takes half a minute longer, or more;
     later ones less, since what was compiled is kept.
+    `cuda_graphs`: on a GPU, record the steps in which sequences only decode, and replay them, so that what it takes to
+    launch a small model's operators is gone; with adapters, and while prompts are read, steps are computed as without.
+    Nobody has measured it yet.
     `max_adapters`: adapters in memory; the others are read again when asked for.
     """
 
@@ -98,6 +101,7 @@ class Torch:
     kv_memory: str = "25%"
     weights: Literal["same", "int8"] = "same"
     compile: bool = False
+    cuda_graphs: bool = False
     max_adapters: Annotated[int, at_least(1)] = 16
 
     def __post_init__(self) -> None:

@@ -105,25 +105,22 @@ class Decoding:
     rows: torch.Tensor  # [sequences]
     positions: torch.Tensor  # [sequences]: where the token comes
     top: int  # rows of the slab that are read
-    masks: dict[int | None, torch.Tensor | None]
+    masks: dict[int | None, torch.Tensor]
 
     @property
     def is_dense(self) -> bool:
         return self.top == self.last - self.first
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """[rows, 1, 1, keys], to be added to the scores; None where every key is seen."""
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """[rows, 1, 1, keys], to be added to the scores; the same in every layer, so made once."""
         if window not in self.masks:
             keys, here = torch.arange(self.slab.capacity, device=self.rows.device), self.positions[:, None]
             hidden = keys > here
             if window is not None:
                 hidden |= keys <= here - window
-            mask = None
-            if bool(hidden.any()):
-                mask = torch.zeros(self.top, self.slab.capacity, dtype=dtype, device=hidden.device)
-                mask[self.rows] = mask[self.rows].masked_fill_(hidden, torch.finfo(dtype).min)
-                mask = mask[:, None, None]
-            self.masks[window] = mask
+            mask = torch.zeros(self.top, self.slab.capacity, dtype=dtype, device=hidden.device)
+            mask[self.rows] = mask[self.rows].masked_fill_(hidden, torch.finfo(dtype).min)
+            self.masks[window] = mask[:, None, None]
         return self.masks[window]
 
     def attend(
@@ -199,17 +196,32 @@ class Attention(Protocol):
         ...
 
 
-class TorchAttention(Attention):
-    """By torch's operators. The tokens of `decoding`, in the order in which they lie in slabs, come before `reading`'s."""
+@dataclass(frozen=True)
+class Step:
+    """What one forward is given."""
 
-    def __init__(self, decoding: Several[Piece[Any]], reading: Several[Piece[Any]], device: torch.device) -> None:
-        self._parts: list[Decoding | Reading] = []
+    ids: torch.Tensor  # [tokens]
+    positions: torch.Tensor  # [tokens]
+    attention: Attention
+    wanted: torch.Tensor  # [logits]: the tokens after which the next is to be known
+
+
+class TorchAttention(Attention):
+    """By torch's operators. `parts` are all of the step's tokens, in order."""
+
+    def __init__(self, parts: Several[Decoding | Reading]) -> None:
+        self._parts = parts
+
+    @classmethod
+    def of(cls, decoding: Several[Piece[Any]], reading: Several[Piece[Any]], device: torch.device) -> "TorchAttention":
+        """The tokens of `decoding`, in the order in which they lie in slabs, come before `reading`'s."""
+        parts: list[Decoding | Reading] = []
         first = 0
-        for _, group in itertools.groupby(decoding, key=lambda piece: piece.running.place.slab):
+        for slab, group in itertools.groupby(decoding, key=lambda piece: piece.running.place.slab):
             places = [piece.running.place for piece in group]
-            self._parts.append(
+            parts.append(
                 Decoding(
-                    slab=places[0].slab,
+                    slab=slab,
                     first=first,
                     last=first + len(places),
                     rows=torch.tensor([place.row for place in places], device=device),
@@ -221,8 +233,9 @@ class TorchAttention(Attention):
             first += len(places)
         for piece in reading:
             place = piece.running.place
-            self._parts.append(Reading(place, first, first + piece.count, place.length, {}))
+            parts.append(Reading(place, first, first + piece.count, place.length, {}))
             first += piece.count
+        return cls(parts)
 
     def __call__(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule
@@ -261,7 +274,7 @@ class NativeAttention(Attention):
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rule: Rule
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, rule: Rule
 ) -> torch.Tensor:
     """[sequences, KV heads, queries, e] of queries [.., queries, d], keys [.., keys, d] and values [.., keys, e]."""
     small = query.shape[0] * key.shape[2] <= SMALL and query.shape[2] < QUERIES
@@ -272,7 +285,6 @@ def _attend(
     scores = torch.bmm((query * rule.scale).flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).unflatten(0, shape)
     if rule.softcap is not None:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
-    if mask is not None:
-        scores += mask
+    scores += mask
     result: torch.Tensor = torch.bmm(scores.softmax(-1).flatten(0, 1), value.flatten(0, 1)).unflatten(0, shape)
     return result

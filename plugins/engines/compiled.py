@@ -11,17 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from plugins.engines.attention import Attention, Rule
+from plugins.engines.attention import Attention, Rule, Step
 from plugins.engines.layers import Embedding, Linear
 from plugins.pretrained import first_line
 from plugins.spec import UserError
-
-if TYPE_CHECKING:
-    from plugins.engines.runner import Step
 
 SIZES = ((3, 2), (3, 1), (1, 1))  # tokens, logits: what has a size of 1 is compiled by itself
 NUMBERS = itertools.count()  # of the models of this process: torch knows operators by name
@@ -57,14 +54,14 @@ class Compiled:
         options: dict[str, Any] = {"guard_filter_fn": _of_sizes}
         self._compiled = torch.compile(own, fullgraph=True, options=options)
 
-    def __call__(self, step: "Step") -> torch.Tensor:
+    def __call__(self, step: Step) -> torch.Tensor:
         self._turn.attention = step.attention
         logits: torch.Tensor = self._compiled(step.ids, step.positions, step.wanted)
         self._turn.attention = None
         return logits
 
     @torch.inference_mode()
-    def warm_up(self, steps: Iterable["Step"]) -> None:
+    def warm_up(self, steps: Iterable[Step]) -> None:
         """Compile what the sizes of `steps` need. Raises UserError."""
         try:
             for step in steps:

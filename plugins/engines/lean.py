@@ -4,18 +4,15 @@ The numbers are those of transformers' modules, which are asked (runner.py) whet
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.nn import functional
 
-from plugins.engines.attention import NativeAttention, Rule
+from plugins.engines.attention import NativeAttention, Rule, Step
 from plugins.engines.layers import Embedding, Linear, Turns, Weights
 from plugins.engines.native import Native
 from plugins.engines.native_layers import NativeLayers
-
-if TYPE_CHECKING:
-    from plugins.engines.runner import Step
 
 L = TypeVar("L", Linear, Embedding)
 
@@ -25,7 +22,7 @@ ALIKE = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3For
 
 def take_over(
     model: Any, turns: Turns, weights: Weights, between: "Between"
-) -> tuple[Callable[["Step"], torch.Tensor], dict[str, tuple[Linear | Embedding, int]]] | None:
+) -> tuple[Callable[[Step], torch.Tensor], dict[str, tuple[Linear | Embedding, int]]] | None:
     """The forward of `model`, whose own layers are used up, and ours by their names; None where it is of another kind.
 
     `between` computes what lies between its products.
@@ -58,7 +55,7 @@ class Lean:
         if isinstance(between, Native) and NativeLayers.can(self._blocks, core.embed_tokens.weight.dtype):
             self._at_once = NativeLayers(between, self._blocks)
 
-    def __call__(self, step: "Step") -> torch.Tensor:
+    def __call__(self, step: Step) -> torch.Tensor:
         hidden: torch.Tensor = self._embed(step.ids)
         cos, sin = (part[0] for part in self._rotary(hidden, step.positions[None]))
         # To turn a vector by half its length and to change the sign of the first half is what rotates it.
@@ -118,7 +115,7 @@ class Block:
         self.norms = (self._before, self._after, self._q_norm, self._k_norm)
         self.heads, self.kv_heads, _ = (outputs // self.width for outputs in self.qkv.outputs)
 
-    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: "Step") -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: Step) -> torch.Tensor:
         heads = self.qkv(self._before(x)).view(len(x), -1, self.width)
         turned, value = heads[:, : self.heads + self.kv_heads], heads[:, self.heads + self.kv_heads :]
         if self._q_norm is not None and self._k_norm is not None:

@@ -15,25 +15,16 @@ from transformers.pytorch_utils import Conv1D
 
 from plugins.engines import lean, native
 from plugins.engines.adapters import NONE, Adapters
-from plugins.engines.attention import Attention, NativeAttention, Rule, Tables, TorchAttention
+from plugins.engines.attention import Attention, NativeAttention, Rule, Step, Tables, TorchAttention
 from plugins.engines.cache import Cache
 from plugins.engines.compiled import SIZES, Compiled
+from plugins.engines.graphs import Capture, Graphs
 from plugins.engines.layers import Embedding, Linear, Turns, Weights
 from plugins.engines.scheduler import BALANCE, Piece, Running, is_scored
 from plugins.pretrained import first_line
 from plugins.spec import UserError
 
 OURS = "manta_serve"  # what transformers calls our attention
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one forward is given."""
-
-    ids: torch.Tensor  # [tokens]
-    positions: torch.Tensor  # [tokens]
-    attention: Attention
-    wanted: torch.Tensor  # [logits]: the tokens after which the next is to be known
 
 
 Forward = Callable[[Step], torch.Tensor]  # -> logits [wanted, vocab]
@@ -45,10 +36,13 @@ class Runner:
     spec: ClassVar[str] = "Torch"
     tolerated = 0.1  # how far off its logits may be, relatively, where it rounds more than fp32 does
 
-    def __init__(self, model: Any, *, weights: Weights = "same", compiled: bool = False) -> None:
+    def __init__(
+        self, model: Any, *, weights: Weights = "same", compiled: bool = False, capture: Capture | None = None
+    ) -> None:
         """Takes `model` over: its layers become ours. Raises UserError where that does not compute what the model does.
 
-        `compiled`: what lies between them is compiled, which takes from some seconds to minutes.
+        `compiled`: what lies between them is compiled, which takes from some seconds to minutes. `capture`: with it, steps
+        in which sequences only decode are recorded.
         """
         self.device, self.dtype = model.device, model.dtype
         self._native = native.load() if self.device.type == "cpu" else None
@@ -63,7 +57,10 @@ class Runner:
             self.tables = self._tables(self._shapes())
             if compiled:
                 self._forward = self._compile([layer for layer, _ in layers.values()])
+            self._graphs: Graphs | None = None
             off = self._off(alone)
+            if capture is not None:
+                off = max(off, self._record(capture, alone))
         except UserError:
             raise
         except Exception as error:
@@ -99,6 +96,9 @@ class Runner:
         decoding = [piece for piece in pieces if piece.running.decodes and not is_scored(piece)]
         # In the order in which they lie, so that attention can take whole slabs.
         decoding.sort(key=lambda piece: (id(piece.running.place.slab), piece.running.place.row))
+        if self._graphs is not None and self._can_replay(decoding, of=len(pieces)):
+            self.adapters.begin((), ())
+            return self._graphs(decoding), [(piece, slice(at, at + 1)) for at, piece in enumerate(decoding)]
         pieces = decoding + [piece for piece in pieces if not piece.running.decodes or is_scored(piece)]
         ids: list[int] = []
         positions: list[int] = []
@@ -127,7 +127,12 @@ class Runner:
     def _attention(self, decoding: Sequence[Piece[Any]], reading: Sequence[Piece[Any]]) -> Attention:
         if self._native is not None:
             return NativeAttention(self._native, [*decoding, *reading])
-        return TorchAttention(decoding, reading, self.device)
+        return TorchAttention.of(decoding, reading, self.device)
+
+    @staticmethod
+    def _can_replay(decoding: Sequence[Piece[Any]], of: int) -> bool:
+        without_adapters = all(piece.running.sequence.adapter == NONE for piece in decoding)
+        return len(decoding) == of and without_adapters and Graphs.fit(decoding)
 
     def _tell_adapters(self, pieces: Sequence[Piece[Any]], wanted: Sequence[int]) -> None:
         if all(piece.running.sequence.adapter == NONE for piece in pieces):
@@ -141,6 +146,15 @@ class Runner:
         made = Compiled(lambda *parts: forward(Step(*parts)), layers, self.device)
         made.warm_up(self._probe_step(_Recorder(), *sizes) for sizes in SIZES)
         return made
+
+    def _record(self, capture: Capture, alone: Sequence[torch.Tensor]) -> float:
+        """Have steps recorded from now on: as `_off`, of such."""
+        self._graphs = Graphs(self._forward, capture, self.device)
+        try:
+            return self._off(alone)
+        except RuntimeError as error:
+            wrong = f"this model cannot be recorded: {first_line(error)}"
+            raise UserError(f"{self.spec}.cuda_graphs = True: {wrong}") from error
 
     def _probe_step(self, attention: Attention, tokens: int, wanted: int) -> Step:
         ids, positions = (torch.arange(tokens, device=self.device) for _ in range(2))

@@ -12,6 +12,7 @@ from plugins import hardware
 from plugins.engines import Torch, quantized_files
 from plugins.engines.batched import BatchedEngine
 from plugins.engines.batching import Computer
+from plugins.engines.graphs import Capture
 from plugins.engines.runner import Runner
 from plugins.engines.scheduler import Scheduler
 from plugins.engines.sequence import Sequence
@@ -32,10 +33,17 @@ class TorchEngine(BatchedEngine[Torch]):
             raise UserError(f"{self._source.path!r} has weights in int8: the torch engine serves those on CPUs only")
         if options.weights == "int8" and gpus:
             raise UserError("Torch.weights = 'int8': on CPUs only; on a GPU leave it at 'same'")
+        if options.cuda_graphs and not gpus:
+            raise UserError("Torch.cuda_graphs = True: on GPUs only, and ServedModel.gpus is 0")
         tokenizer, model = load(AutoTokenizer, self._source), load_model(self._source, gpus, stored is not None)
         self._know(tokenizer, model.generation_config, model.get_input_embeddings().num_embeddings)
         wanted = self._longest(model.config)
-        runner = Runner(model, weights="int8" if stored else options.weights, compiled=options.compile)
+        runner = Runner(
+            model,
+            weights="int8" if stored else options.weights,
+            compiled=options.compile,
+            capture=Capture() if options.cuda_graphs else None,
+        )
         runner.check_length(model.config.get_text_config(), wanted)
         tables = runner.tables
         cache = self._cache(wanted, lambda _: tables, tables.token_bytes)
