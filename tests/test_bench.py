@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from scripts.bench import lm_eval, load, report, serve, servers, words
+from scripts.bench import gpu, lm_eval, load, report, serve, servers, words
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
@@ -225,3 +225,20 @@ def test_scores_that_differ_are_told() -> None:
     assert "1.0e-04" in lines[-1]
     assert not lm_eval.compare(one, {"scores": {"questions, acc": 0.7}, "loglikelihoods": [-3.0, -4.0]})[1]
     assert not lm_eval.compare(one, {"scores": {"questions, acc": 0.75}, "loglikelihoods": [-3.0, -4.2]})[1]
+
+
+def test_on_a_gpu_speed_is_shown_beside_the_peers_and_the_memorys() -> None:
+    figures = {"tokens_per_s": 300.0, "token_gap_p50_ms": 4.0}
+    rounds = {
+        "transformers": [{"1": figures | {"tokens_per_s": speed}} for speed in (90.0, 150.0, 100.0)],
+        "torch": [{"1": figures}],
+    }
+    *_, peer, ours = gpu.table("8b", rounds, shortest=0.003).splitlines()
+    assert peer.split() == ["1", "transformers", "100", "1.00"]
+    assert ours.split() == ["1", "torch", "300", "3.00", "75%"]
+
+
+def test_a_shape_that_nobody_knows_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.arguments().parse_args(["--shapes", "8b,9b"])
+    assert "no shape is called '9b'; choose from 124m, 1b, 8b" in capsys.readouterr().err

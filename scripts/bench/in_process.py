@@ -1,6 +1,6 @@
 """An engine of ours driven directly, without Ray and HTTP: beside its serving it tells what the platform costs.
 
-    python -m scripts.bench.in_process MODEL PLAN --engine Torch --threads 2 --dtype bf16
+    python -m scripts.bench.in_process MODEL PLAN --engine Torch --options '{"max_batch": 64}' --threads 2 --dtype bf16
 
 PLAN is a JSON file with the loads of load.plan. Prints a line of JSON last: the answers of each load, and the peak RSS.
 """
@@ -24,12 +24,15 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("plan", type=Path)
     parser.add_argument("--engine", default="Torch")
+    parser.add_argument("--options", type=json.loads, default={"max_batch": load.MIXED_CLIENTS}, help="of the engine")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     options = parser.parse_args()
     loads = [load.Load(**one) for one in json.loads(options.plan.read_text())]
     source = ModelSource(str(options.model), dtype=options.dtype)
-    engine = getattr(engines, options.engine)(max_batch=load.MIXED_CLIENTS).start(source, cpus=options.threads)
+    spec = getattr(engines, options.engine)(**options.options)
+    engine = spec.start(source, cpus=options.threads, gpus=options.gpus)
     answers = asyncio.run(drive(engine, loads))
     print(json.dumps({"answers": answers, "peak_rss_mib": peak_rss_mib()}))
 

@@ -83,38 +83,38 @@ def main() -> int:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="our serving beside that of the peers")
-    parser.add_argument("--rounds", type=_positive, default=3)
-    parser.add_argument("--clients", type=_numbers, default=[1, 8, 32], help="how many at once: 1,8,32")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--clients", type=numbers, default=[1, 8, 32], help="how many at once: 1,8,32")
     parser.add_argument(
-        "--requests", type=_positive, default=3, help="prompts a client sends; one alone sends 4 x as many"
+        "--requests", type=positive, default=3, help="prompts a client sends; one alone sends 4 x as many"
     )
     parser.add_argument("--mixed", action="store_true", help="also 64 clients with prompts of 16 to 1500 tokens")
-    parser.add_argument("--threads", type=_positive, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--dtype", choices=tuple(servers.LONG), default="bf16", help="fp32 for CPUs that have no bf16")
-    parser.add_argument("--only", type=_names, default=list(CONTENDERS), help=f"of {', '.join(CONTENDERS)}")
-    parser.add_argument("--json", type=_file, help="write everything here too")
+    parser.add_argument("--only", type=contenders, default=list(CONTENDERS), help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument("--json", type=file_to_write, help="write everything here too")
     parser.add_argument("--readme", action="store_true", help="write the table and the plot of README.md")
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
 
 
-def _numbers(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
+def numbers(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
 
 
-def _names(text: str) -> list[str]:
+def contenders(text: str) -> list[str]:
     names = text.split(",")
     if unknown := [name for name in names if name not in CONTENDERS]:
         raise argparse.ArgumentTypeError(f"no contender is called {unknown[0]!r}; choose from {', '.join(CONTENDERS)}")
     return names
 
 
-def _file(text: str) -> Path:
+def file_to_write(text: str) -> Path:
     if not (parent := Path(text).absolute().parent).is_dir():
         raise argparse.ArgumentTypeError(f"{parent} is not a directory")
     return Path(text)
@@ -184,11 +184,15 @@ def in_process(
         what = [".venv-ipex-generate/bin/python", "-m", "scripts.bench.peer_ipex"]
     command = [*what, str(model), str(plan), "--threads", str(options.threads), "--dtype", options.dtype]
     result = last_line(command, dict(environment))
-    answers = {
+    return answers_of(result), result["peak_rss_mib"]
+
+
+def answers_of(result: Result) -> Answers:
+    """Of each load, from the line of JSON that a contender in process prints."""
+    return {
         one: [load.Answer(sent, [load.Chunk(*chunk) for chunk in chunks], tokens) for sent, chunks, tokens in given]
         for one, given in result["answers"].items()
     }
-    return answers, result["peak_rss_mib"]
 
 
 def median(results: Sequence[Result]) -> Result:

@@ -8,8 +8,11 @@ Made once and kept in a directory whose name follows from what makes it; prints 
 import argparse
 import hashlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -24,15 +27,16 @@ def main() -> None:
     print(make(parser.parse_args().to))
 
 
-def make(to: Path) -> Path:
-    """The model's directory under `to`, made if it is not there yet."""
-    name = "serve-" + hashlib.sha256(b"".join(Path(part).read_bytes() for part in PARTS)).hexdigest()[:12]
+def make(to: Path, sizes: Mapping[str, Any] = workload.SIZES[workload.MODEL], device: str = "cpu") -> Path:
+    """The model's directory under `to`, made if it is not there yet. `device`: where its numbers are drawn."""
+    parts = [*(Path(part).read_bytes() for part in PARTS), repr(sizes).encode()]
+    name = "serve-" + hashlib.sha256(b"".join(parts)).hexdigest()[:12]
     directory, unfinished = to / name, to / f"{name}.unfinished"
     if directory.exists():
         return directory
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    workload.save_model(unfinished, workload.SIZES[workload.MODEL], workload.DTYPE[workload.MODEL])
+    workload.save_model(unfinished, sizes, torch.bfloat16, device)
     word_tokenizer().save_pretrained(unfinished)
     return unfinished.rename(directory)
 

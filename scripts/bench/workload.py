@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -138,7 +138,8 @@ def train_tokenizer(rows: list[Row]) -> Any:
     return tokenizer
 
 
-def save_model(directory: Path, sizes: dict[str, Any], dtype: torch.dtype) -> None:
+def save_model(directory: Path, sizes: Mapping[str, Any], dtype: torch.dtype, device: str = "cpu") -> None:
+    """`device`: where its numbers are drawn; billions take minutes on a CPU."""
     config = transformers.LlamaConfig(
         vocab_size=32000,
         max_position_embeddings=2048,
@@ -149,8 +150,9 @@ def save_model(directory: Path, sizes: dict[str, Any], dtype: torch.dtype) -> No
         **sizes,
     )
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.to(dtype).save_pretrained(directory)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(directory)
 
 
 def chat(row: Row) -> list[dict[str, str]]:
