@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, UserCallback
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from finetune import evaluate, preflight, track
 from finetune.config import FinetuneConfig, Lora
 from finetune.export import export, versions
+from finetune.metrics_file import MetricsFile
 from finetune.track import Tracker
 from finetune.worker import run_rank
 from plugins import cluster
 from plugins.pretrained import first_line
-from plugins.runs import CHECKPOINTS, CONFIG, METRICS, RESOLVED, drop_metrics_from, read_metrics
+from plugins.runs import CHECKPOINTS, CONFIG, RESOLVED, read_metrics
 from plugins.spec import UserError, plain, render
 from plugins.types import RunManifest
 
@@ -154,25 +155,6 @@ def _checkpoints(config: FinetuneConfig) -> CheckpointConfig:
     return CheckpointConfig(
         num_to_keep=config.checkpoint.keep, checkpoint_score_attribute="eval_loss", checkpoint_score_order="min"
     )
-
-
-class MetricsFile(UserCallback):
-    """Writes each report of rank 0 to metrics.jsonl. Ray Train calls it in its controller, on the driver's node."""
-
-    def __init__(self, run: str) -> None:
-        self.run = Path(run)
-        self.attempt_begins = True
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        line = metrics[0]
-        if self.attempt_begins:
-            drop_metrics_from(self.run, line["step"])
-            self.attempt_begins = False
-        with (self.run / METRICS).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self.attempt_begins = True  # the next attempt goes back to the last checkpoint
 
 
 def _weights_to_export(result: Result, config: FinetuneConfig) -> tuple[Checkpoint, dict[str, Any]]:
