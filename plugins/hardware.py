@@ -14,6 +14,8 @@ from typing import Literal
 import psutil
 import torch
 
+# By whom: torch on CPUs, CUDA, cuBLAS. An allocation of torch's own on a GPU has a class of its own.
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 CGROUP = Path("/sys/fs/cgroup")
 SYSTEM, TASKS = Path("/sys/devices/system"), Path("/proc/self/task")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h of glibc
@@ -56,7 +58,7 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether this is what torch, or the mapping of memory, raises where there is no more."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # the latter on CPUs
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def use_cpus(cpus: float) -> None:

@@ -23,8 +23,8 @@ from serve.model import EmbeddingDeployment, ModelDeployment
 
 log = logging.getLogger(__name__)
 
-# How often a replica that is to end looks whether its answers have ended. By itself it takes 2 s, also without any.
-LEAVING_S = 0.2
+# How often a replica that is to end looks whether its answers have. By itself a model's takes 2 s to see that it has none.
+LEAVING_S = 0.5
 Runs = Mapping[str, str]  # adapter name -> run directory, absolute
 
 # What in a runtime_env says which Python a replica runs in.

@@ -89,8 +89,8 @@ class Torch:
     GPT-2 1.1 to 1.2 times. It needs a C++ compiler (g++) on each node, and a start takes half a minute longer, or more;
     later ones less, since what was compiled is kept.
     `cuda_graphs`: on a GPU, record the steps in which sequences only decode, and replay them, so that what it takes to
-    launch a small model's operators is gone; with adapters, and while prompts are read, steps are computed as without.
-    Nobody has measured it yet.
+    launch a small model's operators is gone; with adapters, and while prompts are read, steps are computed as without. A
+    graph's logits come on top of `kv_memory`. Nobody has run or measured it on a GPU yet.
     `max_adapters`: adapters in memory; the others are read again when asked for.
     """
 

@@ -102,7 +102,7 @@ class Adapters:
         if "lora_magnitude_vector" in parts:
             assert isinstance(layer, Linear)
             rows = slice(sum(layer.outputs[:at]), sum(layer.outputs[: at + 1]))
-            weight = layer.weight[rows].float() + up @ down.float()
+            weight = layer.weight[rows].float().cpu() + up @ down.float()
             factor = parts["lora_magnitude_vector"].flatten().float() / weight.norm(dim=1)
             up = up * factor[:, None]
         return Update(self._here(down), self._here(up), None if factor is None else self._here(factor))

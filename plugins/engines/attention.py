@@ -8,6 +8,7 @@ import itertools
 import math
 import mmap
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -186,6 +187,12 @@ class Reading:
         return result
 
 
+def by_slab(pieces: Several[Piece[Any]]) -> list[tuple[Slab, list[Piece[Any]]]]:
+    """`pieces` that follow each other and lie in one slab, together."""
+    groups = itertools.groupby(pieces, key=lambda piece: piece.running.place.slab)
+    return [(slab, list(group)) for slab, group in groups]
+
+
 class Attention(Protocol):
     """The attention of one step: it writes the step's keys and values into the cache, and reads what each token may see."""
 
@@ -206,6 +213,9 @@ class Step:
     wanted: torch.Tensor  # [logits]: the tokens after which the next is to be known
 
 
+Forward = Callable[[Step], torch.Tensor]  # -> logits [wanted, vocab]
+
+
 class TorchAttention(Attention):
     """By torch's operators. `parts` are all of the step's tokens, in order."""
 
@@ -217,7 +227,7 @@ class TorchAttention(Attention):
         """The tokens of `decoding`, in the order in which they lie in slabs, come before `reading`'s."""
         parts: list[Decoding | Reading] = []
         first = 0
-        for slab, group in itertools.groupby(decoding, key=lambda piece: piece.running.place.slab):
+        for slab, group in by_slab(decoding):
             places = [piece.running.place for piece in group]
             parts.append(
                 Decoding(
@@ -254,8 +264,8 @@ class NativeAttention(Attention):
         places = [piece.running.place for piece in pieces]
         counts = [piece.count for piece in pieces]
         parts = []
-        for slab, mine in itertools.groupby(places, lambda place: place.slab):
-            rows = np.array([place.row for place in mine])
+        for slab, mine in by_slab(pieces):
+            rows = np.array([piece.running.place.row for piece in mine])
             parts.append(slab.tables.addresses[..., None] + slab.tables.sizes[..., None] * rows)
         keys, values = np.concatenate(parts, axis=-1)
         self.rows = Rows(

@@ -1,115 +1,135 @@
-"""Steps in which sequences only decode, as CUDA graphs: what is launched once is replayed, without Python and the driver.
+"""Steps in which sequences only decode, as CUDA graphs: what a step launches, one call launches once more.
 
-A graph has fixed sizes and addresses. So there is one for each choice of slabs and rows in them, those rounded up to powers
-of two, and it reads which tokens come, and where, from tensors of its own. Rows of a slab that nobody has are computed too:
-what is written there, the next sequence that gets such a row overwrites. See Accelerating PyTorch with CUDA Graphs,
-https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/.
+A graph has fixed sizes and addresses: it computes so many rows of each of some slabs, and reads which tokens come, and
+where, from a tensor of its own. It serves whatever it covers, if that is half of its rows or more. Rows that nobody has are
+computed with the others: the sequence that gets one next overwrites what was written there. See Accelerating PyTorch with
+CUDA Graphs, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/.
 """
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from plugins.engines.attention import Decoding, Step, TorchAttention
+from plugins.engines.adapters import NONE
+from plugins.engines.attention import Decoding, Forward, Step, TorchAttention, by_slab
 from plugins.engines.cache import Slab
 from plugins.engines.scheduler import Piece
 
 HELD = 32  # graphs, each with logits of its own; the least recently used goes
 
-# It reads and writes the same tensors each time, and asks nothing of what they hold.
-Compute = Callable[[], torch.Tensor]
+Pieces = Sequence[Piece[Any]]
+Compute = Callable[
+    [], torch.Tensor
+]  # it reads and writes the same tensors each time, and asks nothing of what they hold
+Record = Callable[[Compute], tuple[torch.Tensor, Callable[[], None]]]  # -> the tensor that it makes; what does so anew
 
 
-class Capture:
-    """Records what a function launches. All graphs of one of these share the memory of what they compute in between."""
+def recorder() -> Record:
+    """For functions that share the memory of what they compute in between, and so are never replayed side by side."""
+    pool = torch.cuda.graph_pool_handle()
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, compute: Compute) -> tuple[torch.Tensor, Callable[[], None]]:
-        """The tensor that `compute` makes, and what computes it anew."""
+    def record(compute: Compute) -> tuple[torch.Tensor, Callable[[], None]]:
         compute()  # what is made at a first call only is not to be recorded
         graph = torch.cuda.CUDAGraph()
-        # Other threads, of this process and its libraries, may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # The outer one, because where recording fails, torch stays on the stream on which it recorded. Other threads may
+        # use the GPU meanwhile.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             made = compute()
         return made, graph.replay
+
+    return record
 
 
 @dataclass(frozen=True)
 class _Graph:
+    """`slabs`: with their rows. They are not kept in memory; where one is gone, the graph is of no use any more."""
+
+    slabs: Sequence[tuple[weakref.ref[Slab], int]]
     inputs: torch.Tensor  # [2, rows]: ids, and positions
     logits: torch.Tensor  # [rows, vocab]
     replay: Callable[[], None]
 
+    def rows(self) -> dict[Slab, int]:
+        """Of each slab; none where one is gone."""
+        found = {slab: rows for there, rows in self.slabs if (slab := there()) is not None}
+        return found if len(found) == len(self.slabs) else {}
+
 
 class Graphs:
-    """`forward`, for steps that `fit`."""
+    """`forward`, for pieces that `fit`."""
 
-    def __init__(self, forward: Callable[[Step], torch.Tensor], capture: Capture, device: torch.device) -> None:
-        self._forward, self._capture, self._device = forward, capture, device
-        # The least recently used first. A slab's memory is not held by its graphs: when it is gone, they are found no more.
-        self._graphs: dict[tuple[tuple[weakref.ref[Slab], int], ...], _Graph] = {}
+    def __init__(self, forward: Forward, device: torch.device) -> None:
+        self._forward, self._device, self._record = forward, device, recorder()
+        self._graphs: list[_Graph] = []  # the least recently used first
 
     @staticmethod
-    def fit(pieces: Sequence[Piece[Any]]) -> bool:
-        """Whether `pieces`, in the order in which they lie, are all who have rows in their slabs, with a token each."""
-        return all(piece.count == 1 for piece in pieces) and all(
-            [piece.running.place for piece in group] == slab.places for slab, group in _by_slab(pieces)
+    def fit(pieces: Pieces) -> bool:
+        """Whether `pieces`, in the order in which they lie, are all who have rows in their slabs, without an adapter."""
+        return all(piece.running.sequence.adapter == NONE for piece in pieces) and all(
+            [piece.running.place for piece in group] == slab.places for slab, group in by_slab(pieces)
         )
 
-    def __call__(self, pieces: Sequence[Piece[Any]]) -> torch.Tensor:
-        """Logits [pieces, vocab], till the next call."""
+    def __call__(self, pieces: Pieces) -> torch.Tensor:
+        """Logits [pieces, vocab] after a token of each, till the next call."""
+        groups = dict(by_slab(pieces))
+        graph = self._known(groups)
+        slabs = (
+            graph.rows() if graph else {slab: _power_of_two(len(group), slab.rows) for slab, group in groups.items()}
+        )
         tokens: list[int] = []
         positions: list[int] = []
-        spans, parts = [], []
-        for slab, group in _by_slab(pieces):
-            first, rows = len(tokens), min(slab.rows, 1 << (len(group) - 1).bit_length())
-            unused = [0] * (rows - len(group))
-            tokens += [piece.running.sequence.tokens[piece.running.place.length] for piece in group] + unused
-            positions += [piece.running.place.length for piece in group] + unused
-            spans.append(slice(first, first + len(group)))
-            parts.append((slab, rows))
+        firsts = {}
+        for slab, rows in slabs.items():
+            places = [(piece.running.sequence.tokens, piece.running.place.length) for piece in groups.get(slab, ())]
+            places += [([0], 0)] * (rows - len(places))  # of nobody
+            firsts[slab] = len(tokens)
+            tokens += [known[length] for known, length in places]
+            positions += [length for _, length in places]
         inputs = torch.tensor([tokens, positions])
-        key = tuple((weakref.ref(slab), rows) for slab, rows in parts)
-        graph = self._graphs.pop(key, None) or self._record(inputs, parts)
-        self._graphs[key] = graph
-        if len(self._graphs) > HELD:
-            del self._graphs[next(iter(self._graphs))]
+        if graph is None:
+            graph = self._new(slabs, inputs)
+        others = [one for one in self._graphs if one is not graph and one.rows()]
+        self._graphs = [*others[1 - HELD :], graph]
         graph.inputs.copy_(inputs)
         graph.replay()
-        made = [graph.logits[span] for span in spans]
+        made = [graph.logits[firsts[slab] : firsts[slab] + len(group)] for slab, group in groups.items()]
         return torch.cat(made) if len(made) > 1 else made[0]
 
-    def _record(self, inputs: torch.Tensor, parts: Sequence[tuple[Slab, int]]) -> _Graph:
+    def _known(self, groups: Mapping[Slab, Pieces]) -> _Graph | None:
+        """The smallest graph that computes all of `groups`, and of other slabs only empty ones."""
+        most = 2 * sum(len(group) for group in groups.values())
+        found = None
+        for graph in self._graphs:
+            rows = graph.rows()
+            covers = all(rows.get(slab, 0) >= len(group) for slab, group in groups.items())
+            alone = all(slab in groups or not slab.places for slab in rows)
+            if covers and alone and (count := sum(rows.values())) <= most:
+                found, most = graph, count - 1
+        return found
+
+    def _new(self, slabs: Mapping[Slab, int], inputs: torch.Tensor) -> _Graph:
+        """To record, it computes `inputs`, whose keys and values are then written as often as it does."""
         own = inputs.to(self._device, copy=True)
         ids, positions = own
 
         def compute() -> torch.Tensor:
-            ends = itertools.accumulate(rows for _, rows in parts)
-            attention = TorchAttention(
-                [
-                    Decoding(
-                        slab=slab,
-                        first=end - rows,
-                        last=end,
-                        rows=torch.arange(rows, device=self._device),
-                        positions=positions[end - rows : end],
-                        top=rows,
-                        masks={},
-                    )
-                    for end, (slab, rows) in zip(ends, parts, strict=True)
-                ]
-            )
-            return self._forward(Step(ids, positions, attention, torch.arange(len(ids), device=self._device)))
+            parts = []
+            for (slab, rows), end in zip(slabs.items(), itertools.accumulate(slabs.values()), strict=True):
+                mine = slice(end - rows, end)
+                everyone = torch.arange(rows, device=self._device)
+                parts.append(Decoding(slab, mine.start, mine.stop, everyone, positions[mine], top=rows, masks={}))
+            wanted = torch.arange(len(ids), device=self._device)
+            return self._forward(Step(ids, positions, TorchAttention(parts), wanted))
 
-        return _Graph(own, *self._capture(compute))
+        return _Graph([(weakref.ref(slab), rows) for slab, rows in slabs.items()], own, *self._record(compute))
 
 
-def _by_slab(pieces: Sequence[Piece[Any]]) -> list[tuple[Slab, list[Piece[Any]]]]:
-    groups = itertools.groupby(pieces, key=lambda piece: piece.running.place.slab)
-    return [(slab, list(group)) for slab, group in groups]
+def _power_of_two(count: int, most: int) -> int:
+    return min(most, 1 << (count - 1).bit_length())

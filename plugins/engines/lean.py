@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.nn import functional
 
-from plugins.engines.attention import NativeAttention, Rule, Step
+from plugins.engines.attention import Forward, NativeAttention, Rule, Step
 from plugins.engines.layers import Embedding, Linear, Turns, Weights
 from plugins.engines.native import Native
 from plugins.engines.native_layers import NativeLayers
@@ -22,7 +22,7 @@ ALIKE = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3For
 
 def take_over(
     model: Any, turns: Turns, weights: Weights, between: "Between"
-) -> tuple[Callable[[Step], torch.Tensor], dict[str, tuple[Linear | Embedding, int]]] | None:
+) -> tuple[Forward, dict[str, tuple[Linear | Embedding, int]]] | None:
     """The forward of `model`, whose own layers are used up, and ours by their names; None where it is of another kind.
 
     `between` computes what lies between its products.

@@ -5,7 +5,7 @@ attention that reads and writes our cache; for the usual architectures lean.py d
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,21 +13,19 @@ import torch
 from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
+from plugins import hardware
 from plugins.engines import lean, native
 from plugins.engines.adapters import NONE, Adapters
-from plugins.engines.attention import Attention, NativeAttention, Rule, Step, Tables, TorchAttention
+from plugins.engines.attention import Attention, Forward, NativeAttention, Rule, Step, Tables, TorchAttention
 from plugins.engines.cache import Cache
 from plugins.engines.compiled import SIZES, Compiled
-from plugins.engines.graphs import Capture, Graphs
+from plugins.engines.graphs import Graphs
 from plugins.engines.layers import Embedding, Linear, Turns, Weights
 from plugins.engines.scheduler import BALANCE, Piece, Running, is_scored
 from plugins.pretrained import first_line
 from plugins.spec import UserError
 
 OURS = "manta_serve"  # what transformers calls our attention
-
-
-Forward = Callable[[Step], torch.Tensor]  # -> logits [wanted, vocab]
 
 
 class Runner:
@@ -37,12 +35,12 @@ class Runner:
     tolerated = 0.1  # how far off its logits may be, relatively, where it rounds more than fp32 does
 
     def __init__(
-        self, model: Any, *, weights: Weights = "same", compiled: bool = False, capture: Capture | None = None
+        self, model: Any, *, weights: Weights = "same", compiled: bool = False, cuda_graphs: bool = False
     ) -> None:
         """Takes `model` over: its layers become ours. Raises UserError where that does not compute what the model does.
 
-        `compiled`: what lies between them is compiled, which takes from some seconds to minutes. `capture`: with it, steps
-        in which sequences only decode are recorded.
+        `compiled`: what lies between them is compiled, which takes from some seconds to minutes. `cuda_graphs`: steps in
+        which sequences only decode are recorded.
         """
         self.device, self.dtype = model.device, model.dtype
         self._native = native.load() if self.device.type == "cpu" else None
@@ -59,8 +57,8 @@ class Runner:
                 self._forward = self._compile([layer for layer, _ in layers.values()])
             self._graphs: Graphs | None = None
             off = self._off(alone)
-            if capture is not None:
-                off = max(off, self._record(capture, alone))
+            if cuda_graphs:
+                off = max(off, self._off_with_graphs(alone))
         except UserError:
             raise
         except Exception as error:
@@ -96,7 +94,7 @@ class Runner:
         decoding = [piece for piece in pieces if piece.running.decodes and not is_scored(piece)]
         # In the order in which they lie, so that attention can take whole slabs.
         decoding.sort(key=lambda piece: (id(piece.running.place.slab), piece.running.place.row))
-        if self._graphs is not None and self._can_replay(decoding, of=len(pieces)):
+        if self._graphs is not None and len(decoding) == len(pieces) and self._graphs.fit(decoding):
             self.adapters.begin((), ())
             return self._graphs(decoding), [(piece, slice(at, at + 1)) for at, piece in enumerate(decoding)]
         pieces = decoding + [piece for piece in pieces if not piece.running.decodes or is_scored(piece)]
@@ -129,11 +127,6 @@ class Runner:
             return NativeAttention(self._native, [*decoding, *reading])
         return TorchAttention.of(decoding, reading, self.device)
 
-    @staticmethod
-    def _can_replay(decoding: Sequence[Piece[Any]], of: int) -> bool:
-        without_adapters = all(piece.running.sequence.adapter == NONE for piece in decoding)
-        return len(decoding) == of and without_adapters and Graphs.fit(decoding)
-
     def _tell_adapters(self, pieces: Sequence[Piece[Any]], wanted: Sequence[int]) -> None:
         if all(piece.running.sequence.adapter == NONE for piece in pieces):
             self.adapters.begin((), ())
@@ -144,16 +137,20 @@ class Runner:
     def _compile(self, layers: Sequence[Linear | Embedding]) -> Compiled:
         forward = self._forward
         made = Compiled(lambda *parts: forward(Step(*parts)), layers, self.device)
-        made.warm_up(self._probe_step(_Recorder(), *sizes) for sizes in SIZES)
+        made.warm_up(self._probe_step(_Observer(), *sizes) for sizes in SIZES)
         return made
 
-    def _record(self, capture: Capture, alone: Sequence[torch.Tensor]) -> float:
-        """Have steps recorded from now on: as `_off`, of such."""
-        self._graphs = Graphs(self._forward, capture, self.device)
+    def _off_with_graphs(self, alone: Sequence[torch.Tensor]) -> float:
+        """As `_off`, with steps recorded, as they are from now on."""
+        self._graphs = Graphs(self._forward, self.device)
         try:
             return self._off(alone)
         except RuntimeError as error:
-            wrong = f"this model cannot be recorded: {first_line(error)}"
+            if hardware.is_out_of_memory(error):
+                raise
+            # What is not permitted while a graph is recorded is said first, and at its end that something was.
+            cause = error.__context__ if isinstance(error.__context__, Exception) else error
+            wrong = f"this model cannot be recorded: {first_line(cause)}"
             raise UserError(f"{self.spec}.cuda_graphs = True: {wrong}") from error
 
     def _probe_step(self, attention: Attention, tokens: int, wanted: int) -> Step:
@@ -163,17 +160,17 @@ class Runner:
     @torch.inference_mode()
     def _shapes(self) -> list[tuple[int, int, int]]:
         """KV heads and widths of each layer, from what it asks of its attention."""
-        recorder = _Recorder()
+        observer = _Observer()
         self.adapters.begin((), ())
-        self._forward(self._probe_step(recorder, 8, 1))
-        if sorted(recorder.shapes) != list(range(len(recorder.shapes))):
-            raise ValueError(f"its layers have the numbers {sorted(recorder.shapes)}")
-        self.windows = recorder.windows
-        return [recorder.shapes[layer] for layer in sorted(recorder.shapes)]
+        self._forward(self._probe_step(observer, 8, 1))
+        if sorted(observer.shapes) != list(range(len(observer.shapes))):
+            raise ValueError(f"its layers have the numbers {sorted(observer.shapes)}")
+        self.windows = observer.windows
+        return [observer.shapes[layer] for layer in sorted(observer.shapes)]
 
     def _off(self, alone: Sequence[torch.Tensor]) -> float:
         """How far off the logits are, relatively, where the probes are read together and decoded together."""
-        cache = Cache(self.tables, budget=1024, longest=64)
+        cache = Cache(self.tables, budget=2**13, longest=64)  # slabs of four rows
         probes = [_Probe(list(ids)) for ids in PROBES]
         running = []
         for probe in probes:
@@ -191,7 +188,7 @@ class Runner:
         return off
 
 
-PROBES = ([1, 2, 3, 4, 5, 6, 7, 9], [7, 5, 3, 9])
+PROBES = ([1, 2, 3, 4, 5, 6, 7, 9], [7, 5, 3, 9], [8, 1, 8])
 
 
 @dataclass
@@ -204,7 +201,7 @@ class _Probe:
     abandoned: bool = False
 
 
-class _Recorder(Attention):
+class _Observer(Attention):
     """Sees what is asked of an attention; its answers are zeros."""
 
     def __init__(self) -> None:

@@ -12,7 +12,6 @@ from plugins import hardware
 from plugins.engines import Torch, quantized_files
 from plugins.engines.batched import BatchedEngine
 from plugins.engines.batching import Computer
-from plugins.engines.graphs import Capture
 from plugins.engines.runner import Runner
 from plugins.engines.scheduler import Scheduler
 from plugins.engines.sequence import Sequence
@@ -42,7 +41,7 @@ class TorchEngine(BatchedEngine[Torch]):
             model,
             weights="int8" if stored else options.weights,
             compiled=options.compile,
-            capture=Capture() if options.cuda_graphs else None,
+            cuda_graphs=options.cuda_graphs,
         )
         runner.check_length(model.config.get_text_config(), wanted)
         tables = runner.tables
