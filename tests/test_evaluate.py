@@ -14,7 +14,7 @@ import pytest
 import small_models
 import torch
 import transformers
-from test_cluster import Shell, alone, home  # noqa: F401  # the fixtures
+from test_cluster import Shell, alone, cluster, home  # noqa: F401  # the fixtures
 
 from finetune import evaluate
 from finetune.loop import autocast
@@ -391,7 +391,7 @@ def test_a_mistake_is_one_line_before_anything_starts(
 
 
 @pytest.mark.cluster
-def test_two_runs_and_their_base_are_evaluated_on_ray(alone: Shell, project: Path) -> None:  # noqa: F811
+def test_two_runs_and_their_base_are_evaluated_on_ray(cluster: Shell, project: Path) -> None:  # noqa: F811
     (project / "finetune.py").write_text(
         "from finetune import *\n"
         "class Loud:\n"
@@ -404,10 +404,10 @@ def test_two_runs_and_their_base_are_evaluated_on_ray(alone: Shell, project: Pat
         f"    output={str(project / 'outputs')!r})\n"
     )
     finetune = (sys.executable, "-m", "finetune", str(project / "finetune.py"))
-    alone.run(*finetune)
-    alone.run(*finetune, "name=slow", "optim.lr=1e-6")
+    cluster.run(*finetune)
+    cluster.run(*finetune, "name=slow", "optim.lr=1e-6")
     manta = (sys.executable, "-m", "ui.cli", "evaluate", "--output", str(project / "outputs"))
-    shown = alone.run(*manta, str(project / "outputs" / "good"), "slow", "--base")
+    shown = cluster.run(*manta, str(project / "outputs" / "good"), "slow", "--base")
     table = {
         line.split()[0]: re.split("  +", line) for line in shown.splitlines() if line.endswith(tuple("0123456789"))
     }
@@ -425,7 +425,7 @@ def test_two_runs_and_their_base_are_evaluated_on_ray(alone: Shell, project: Pat
     manifest = json.loads((other / "run.json").read_text())
     (other / "run.json").write_text(json.dumps(manifest | {"overrides": ["train.seed=1"]}))  # it holds other rows out
     (project / "test.jsonl").write_text('{"instruction": "say 7", "output": "fox 7"}')
-    together = alone.run(*manta, "good", "other", "--data", str(project / "test.jsonl"))
+    together = cluster.run(*manta, "good", "other", "--data", str(project / "test.jsonl"))
     assert "best: good" in together  # the two are one model: the first of equals
     kept = json.loads((project / "outputs" / "good" / "evaluation.json").read_text())
     assert kept.keys() == {"held_out", str(project / "test.jsonl")}

@@ -72,7 +72,10 @@ def shell(cluster: Shell, checkout: Path) -> Shell:  # noqa: F811
 def test_its_commands_do_what_it_says(shell: Shell, checkout: Path) -> None:
     assert set(COMMANDS) >= RUN_ELSEWHERE
     assert all(os.access(ROOT / name, os.X_OK) for name in RUN_ELSEWHERE)
-    outputs = {command: shell.run("bash", "-c", command) for command in COMMANDS if command not in RUN_ELSEWHERE}
+    # The demo's run takes a minute, and is run in full elsewhere too.
+    shorter = {command: f"{command} train.max_steps=10" for command in COMMANDS if command.endswith("demo_lora.py")}
+    mine = [command for command in COMMANDS if command not in RUN_ELSEWHERE]
+    outputs = {command: shell.run("bash", "-c", shorter.get(command, command)) for command in mine}
 
     def said(begin: str) -> str:
         return next(output for command, output in outputs.items() if command.startswith(begin))
