@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any
 
-from plugins.engines import EmbedderSpec, EngineSpec, Torch, Upstream
+from plugins.engines import EmbedderSpec, EngineSpec, KnowsGpus, Torch, Upstream
 from plugins.spec import NOT_EMPTY, UserError, above, at_least, between, spec
 from plugins.types import ModelSource
 
@@ -60,6 +60,8 @@ class ServedModel:
             raise UserError(
                 f"ServedModel.adapters = {self.adapters!r}: say how many: engine={engine}(max_adapters=...)"
             )
+        if isinstance(self.engine, KnowsGpus):
+            self.engine.check_gpus(self.gpus)
 
     @property
     def is_elsewhere(self) -> bool:

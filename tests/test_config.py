@@ -5,11 +5,13 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune import Data, FinetuneConfig, Full, Instruct, Jsonl, Lora, ModelSource, Optim, Train
 from plugins import cluster
+from plugins.engines import Ipex, OpenVino, Torch
 from plugins.loading import load_config
 from plugins.spec import UserError, override, render
 from serve import Replicas, ServeConfig, ServedModel
@@ -134,6 +136,10 @@ def test_overrides_reach_into_tuples() -> None:
             override(served, wrong)
 
 
+def served(**fields: Any) -> ServedModel:
+    return ServedModel(id="a", source=ModelSource("x"), **fields)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -149,6 +155,10 @@ def test_overrides_reach_into_tuples() -> None:
         (lambda: ServeConfig(models=()), "ServeConfig.models = (): must be not empty"),
         (lambda: ServedModel(id="a:b", source=ModelSource("x")), "ServedModel.id = 'a:b'"),
         (lambda: ServeConfig(models=[ServedModel(id="a", source=ModelSource("x"))] * 2), "two models have the id 'a'"),
+        (lambda: served(engine=Torch(cuda_graphs=True)), "Torch.cuda_graphs = True: on GPUs only"),
+        (lambda: served(engine=Torch(weights="int8"), gpus=1), "Torch.weights = 'int8': on CPUs only"),
+        (lambda: served(engine=Ipex(), gpus=1), "ServedModel.gpus = 1: Ipex computes on CPUs only"),
+        (lambda: served(engine=OpenVino(), gpus=0.5), "ServedModel.gpus = 0.5: OpenVino computes on CPUs only"),
     ],
 )
 def test_a_mistake_in_a_config_is_one_line_about_the_field(make, said: str) -> None:  # type: ignore[no-untyped-def]

@@ -57,6 +57,15 @@ class EngineSpec(Protocol):
 
 
 @runtime_checkable
+class KnowsGpus(Protocol):
+    """A spec of an engine that does not compute on a GPU, or some of its options only there."""
+
+    def check_gpus(self, gpus: float) -> None:
+        """Raise UserError for what it cannot do on a replica's `gpus`."""
+        ...
+
+
+@runtime_checkable
 class OwnEnvironment(Protocol):
     """A spec of an engine that lives in an environment of its own, one of pyproject.toml's [dependency-groups]."""
 
@@ -106,6 +115,12 @@ class Torch:
 
     def __post_init__(self) -> None:
         memory_size(self.kv_memory, free=1, field="Torch.kv_memory")
+
+    def check_gpus(self, gpus: float) -> None:
+        if self.weights == "int8" and gpus:
+            raise UserError("Torch.weights = 'int8': on CPUs only; on a GPU leave it at 'same'")
+        if self.cuda_graphs and not gpus:
+            raise UserError("Torch.cuda_graphs = True: on GPUs only, and ServedModel.gpus is 0")
 
     def start(self, source: ModelSource, cpus: float, gpus: float = 0) -> Engine:
         from plugins.engines.torch import TorchEngine
@@ -207,6 +222,9 @@ class OpenVino:
     def __post_init__(self) -> None:
         memory_size(self.kv_memory, free=1, field="OpenVino.kv_memory")
 
+    def check_gpus(self, gpus: float) -> None:
+        _on_cpus_only("OpenVino", gpus)
+
     def start(self, source: ModelSource, cpus: float, gpus: float = 0) -> Engine:
         from plugins.engines.openvino import OpenVinoEngine
 
@@ -246,6 +264,9 @@ class Ipex:
     def __post_init__(self) -> None:
         memory_size(self.kv_memory, free=1, field="Ipex.kv_memory")
 
+    def check_gpus(self, gpus: float) -> None:
+        _on_cpus_only("Ipex", gpus)
+
     def start(self, source: ModelSource, cpus: float, gpus: float = 0) -> Engine:
         from plugins.engines.ipex import IpexEngine
 
@@ -255,6 +276,11 @@ class Ipex:
         from plugins.engines.quantized_files import write
 
         write(source, cast("Bits", weights), directory)
+
+
+def _on_cpus_only(engine: str, gpus: float) -> None:
+    if gpus:
+        raise UserError(f"ServedModel.gpus = {gpus:g}: {engine} computes on CPUs only")
 
 
 def memory_size(written: str, *, free: int, field: str) -> int:

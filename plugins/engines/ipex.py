@@ -45,8 +45,7 @@ class IpexEngine(BatchedEngine[Ipex]):
     """An Engine, see plugins.engines: the torch engine but for what computes."""
 
     def __init__(self, source: ModelSource, options: Ipex, *, cpus: float, gpus: float = 0) -> None:
-        if gpus:
-            raise UserError(f"ServedModel.gpus = {gpus:g}: Ipex computes on CPUs only")
+        options.check_gpus(gpus)
         check_versions()
         super().__init__(source, options, cpus=cpus)
 

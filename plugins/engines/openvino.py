@@ -46,8 +46,7 @@ class OpenVinoEngine(BatchedEngine[OpenVino]):
     """
 
     def __init__(self, source: ModelSource, options: OpenVino, *, cpus: float, gpus: float = 0) -> None:
-        if gpus:
-            raise UserError(f"ServedModel.gpus = {gpus:g}: OpenVino computes on CPUs only")
+        options.check_gpus(gpus)
         super().__init__(source, options, cpus=cpus)
 
     def _open(self, cpus: float, gpus: float) -> tuple[Computer, Scheduler[Sequence]]:

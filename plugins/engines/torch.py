@@ -26,14 +26,11 @@ class TorchEngine(BatchedEngine[Torch]):
 
     def _load(self, cpus: float, gpus: float) -> tuple[Computer, Scheduler[Sequence]]:
         options = self._options
+        options.check_gpus(gpus)
         check_model_files(self._source, "source.path")
         stored = quantized_files.stored(self._source, "torch", ("int8",))
         if stored and gpus:
             raise UserError(f"{self._source.path!r} has weights in int8: the torch engine serves those on CPUs only")
-        if options.weights == "int8" and gpus:
-            raise UserError("Torch.weights = 'int8': on CPUs only; on a GPU leave it at 'same'")
-        if options.cuda_graphs and not gpus:
-            raise UserError("Torch.cuda_graphs = True: on GPUs only, and ServedModel.gpus is 0")
         tokenizer, model = load(AutoTokenizer, self._source), load_model(self._source, gpus, stored is not None)
         self._know(tokenizer, model.generation_config, model.get_input_embeddings().num_embeddings)
         wanted = self._longest(model.config)
