@@ -22,10 +22,10 @@ from serve.ingress import Ingress
 from serve.model import EmbeddingDeployment, ModelDeployment
 
 log = logging.getLogger(__name__)
+Runs = Mapping[str, str]  # adapter name -> run directory, absolute
 
 # How often a replica that is to end looks whether its answers have. By itself a model's takes 2 s to see that it has none.
 LEAVING_S = 0.5
-Runs = Mapping[str, str]  # adapter name -> run directory, absolute
 
 # What in a runtime_env says which Python a replica runs in.
 PYTHONS = {"py_executable", "pip", "uv", "conda", "image_uri", "container"}

@@ -70,18 +70,6 @@ def engine(way: str, base: Path) -> Iterator[TorchEngine]:  # noqa: F811
 
 
 # Not of experts: but in bf16 on a few kinds of GPU, what chooses them cannot be recorded.
-@pytest.mark.parametrize(
-    "name",
-    [
-        "qwen2, tied",
-        "gpt2, learned positions",
-        "mistral, window",
-        "qwen3, some layers with a window",
-        "gemma2, window and soft cap",
-        "opt, positions with an offset",
-        "phi, part of the head turned",
-        "gemma3, norms of its own",
-    ],
-)
+@pytest.mark.parametrize("name", [name for name in test_torch_engine.ARCHITECTURES if "experts" not in name])
 def test_other_architectures(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     test_torch_engine.test_other_architectures(tmp_path, name, "torch's", monkeypatch)

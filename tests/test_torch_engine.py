@@ -199,21 +199,21 @@ def architecture(name: str) -> Any:
     }[name]()
 
 
+ARCHITECTURES = [
+    "qwen2, tied",
+    "gpt2, learned positions",
+    "mistral, window",
+    "qwen3, some layers with a window",
+    "gemma2, window and soft cap",
+    "mixtral, experts",
+    "opt, positions with an offset",
+    "phi, part of the head turned",
+    "gemma3, norms of its own",
+]
+
+
 @pytest.mark.parametrize("kernels", ["native", pytest.param("torch's", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "qwen2, tied",
-        "gpt2, learned positions",
-        "mistral, window",
-        "qwen3, some layers with a window",
-        "gemma2, window and soft cap",
-        "mixtral, experts",
-        "opt, positions with an offset",
-        "phi, part of the head turned",
-        "gemma3, norms of its own",
-    ],
-)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_other_architectures(tmp_path: Path, name: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels != "native":
         monkeypatch.setattr(native, "load", lambda: None)

@@ -22,9 +22,8 @@ from plugins.engines.scheduler import Piece
 HELD = 32  # graphs, each with logits of its own; the least recently used goes
 
 Pieces = Sequence[Piece[Any]]
-Compute = Callable[
-    [], torch.Tensor
-]  # it reads and writes the same tensors each time, and asks nothing of what they hold
+# It reads and writes the same tensors each time, and asks nothing of what they hold.
+Compute = Callable[[], torch.Tensor]
 Record = Callable[[Compute], tuple[torch.Tensor, Callable[[], None]]]  # -> the tensor that it makes; what does so anew
 
 
@@ -47,7 +46,7 @@ def recorder() -> Record:
     return record
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Graph:
     """`slabs`: with their rows. They are not kept in memory; where one is gone, the graph is of no use any more."""
 
@@ -80,9 +79,7 @@ class Graphs:
         """Logits [pieces, vocab] after a token of each, till the next call."""
         groups = dict(by_slab(pieces))
         graph = self._known(groups)
-        slabs = (
-            graph.rows() if graph else {slab: _power_of_two(len(group), slab.rows) for slab, group in groups.items()}
-        )
+        slabs = graph.rows() if graph else {slab: _rounded(len(group), slab) for slab, group in groups.items()}
         tokens: list[int] = []
         positions: list[int] = []
         firsts = {}
@@ -94,9 +91,11 @@ class Graphs:
             positions += [length for _, length in places]
         inputs = torch.tensor([tokens, positions])
         if graph is None:
+            self._graphs = [one for one in self._graphs if one.rows()][1 - HELD :]
             graph = self._new(slabs, inputs)
-        others = [one for one in self._graphs if one is not graph and one.rows()]
-        self._graphs = [*others[1 - HELD :], graph]
+        else:
+            self._graphs.remove(graph)
+        self._graphs.append(graph)
         graph.inputs.copy_(inputs)
         graph.replay()
         made = [graph.logits[firsts[slab] : firsts[slab] + len(group)] for slab, group in groups.items()]
@@ -131,5 +130,6 @@ class Graphs:
         return _Graph([(weakref.ref(slab), rows) for slab, rows in slabs.items()], own, *self._record(compute))
 
 
-def _power_of_two(count: int, most: int) -> int:
-    return min(most, 1 << (count - 1).bit_length())
+def _rounded(count: int, slab: Slab) -> int:
+    """Up to a power of two."""
+    return min(slab.rows, 1 << (count - 1).bit_length())
